@@ -1,0 +1,30 @@
+"""The mathematics of Fisher-kernel active learning, in torch alone (Gudovskiy et al., CVPR 2020, section 4).
+
+descriptors (z, g) -> labels (S) -> kernel -> topk (candidates), with centers and acquire around it; `reference` says
+the same in float64 loops.
+"""
+
+from raypfk.pfk.acquire import Picks, rank_by_rank
+from raypfk.pfk.centers import greedy_k_center
+from raypfk.pfk.descriptors import TapReader, features, fisher_scores, lengths, spatial_mean, standardise
+from raypfk.pfk.kernel import Descriptors, Kernel, scale_weights
+from raypfk.pfk.labels import neighbour, predicted
+from raypfk.pfk.topk import TopK
+
+__all__ = [
+    "Descriptors",
+    "Kernel",
+    "Picks",
+    "TapReader",
+    "TopK",
+    "features",
+    "fisher_scores",
+    "greedy_k_center",
+    "lengths",
+    "neighbour",
+    "predicted",
+    "rank_by_rank",
+    "scale_weights",
+    "spatial_mean",
+    "standardise",
+]

@@ -1,0 +1,155 @@
+"""Match kernels between centers and pool images (equations 6, 11 and 12), in blocks and, exactly, in pairs.
+
+Shapes: M centers, B pool images, L = sum of L_j descriptor length, Q pairs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raypfk.pfk.descriptors import check_lengths
+
+KernelName = Literal["pcc", "pfk", "pfk-sum"]
+WeightKind = Literal["length", "length-squared", "equal"]
+
+PAIR_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 25}  # numbers of one chunk of pairs: cache on a CPU, launches on a GPU
+MAX_LENGTH = 1.001  # of a standardised scale, also where it was stored as float16
+LENGTH_SLACK = 1.01  # > MAX_LENGTH ** 4: at most four vectors enter a score
+
+
+class Descriptors(NamedTuple):
+    """Standardised descriptors of N images: features and Fisher scores, each (N, L). For `pcc` alone, g may be z."""
+
+    z: Tensor
+    g: Tensor
+
+    def rows(self, index: slice | Tensor) -> "Descriptors":
+        """The descriptors of some images: a slice, int64 indices or a mask."""
+        return Descriptors(self.z[index], self.g[index])
+
+    def to(self, target: torch.dtype | torch.device | str) -> "Descriptors":
+        """The same numbers in another dtype or on another device, as in `Tensor.to`."""
+        z = self.z.to(target)
+        return Descriptors(z, z if self.g is self.z else self.g.to(target))
+
+
+def scale_weights(lengths: Sequence[int], kind: WeightKind = "length") -> tuple[float, ...]:
+    """w_j of each scale: `length` L_j - 1 (vectors of unit variance), `length-squared` (L_j - 1)^2, or `equal` 1.
+
+    Raises ValueError for another kind or a length below 1.
+    """
+    check_lengths(lengths)
+    power = {"length": 1, "length-squared": 2, "equal": 0}
+    if kind not in power:
+        raise ValueError(f"expected scale weights {', '.join(power)}, got {kind!r}")
+    return tuple(float((length - 1) ** power[kind]) for length in lengths)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A match kernel. rz_j and rg_j are the correlations of features and of Fisher scores in scale j:
+
+    `pcc` sum_j w_j rz_j (eq. 6); `pfk` sum_j w_j rz_j rg_j (eq. 11, 12); `pfk-sum` sum_j w_j (rz_j + rg_j), what the
+    authors' program computes. `lengths` are the L_j. Raises ValueError for an unknown name or weight kind.
+    """
+
+    name: KernelName
+    lengths: tuple[int, ...]
+    weight: WeightKind = "length"
+
+    def __post_init__(self):
+        if self.name not in ("pcc", "pfk", "pfk-sum"):
+            raise ValueError(f"expected kernel pcc, pfk or pfk-sum, got {self.name!r}")
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        self.weights  # noqa: B018 - checks lengths and weight kind
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """w_j of each scale."""
+        return scale_weights(self.lengths, self.weight)
+
+    @cached_property
+    def spans(self) -> list[slice]:
+        """The columns of each scale."""
+        ends = [sum(self.lengths[: j + 1]) for j in range(len(self.lengths))]
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+    def block(self, centers: Descriptors, pool: Descriptors) -> Tensor:
+        """Scores (M, B) of all pairs in the dtype of the descriptors; in float32 within `error_bound` of the exact."""
+        w_L = torch.cat([centers.z.new_full((n,), w) for n, w in zip(self.lengths, self.weights, strict=True)])
+        with torch.autocast(centers.z.device.type, enabled=False):  # half precision would break the bound
+            if self.name == "pfk":
+                return self._product_block(centers.z, centers.g * w_L, pool)
+            scores_MB = (centers.z * w_L) @ pool.z.T
+            return scores_MB.addmm_(centers.g * w_L, pool.g.T) if self.name == "pfk-sum" else scores_MB
+
+    def _product_block(self, z_ML: Tensor, wg_ML: Tensor, pool: Descriptors) -> Tensor:
+        scores_MB = z_ML.new_zeros(len(z_ML), len(pool.z))
+        rz_MB, rg_MB = torch.empty_like(scores_MB), torch.empty_like(scores_MB)
+        for span in self.spans:
+            torch.mm(z_ML[:, span], pool.z[:, span].T, out=rz_MB)
+            torch.mm(wg_ML[:, span], pool.g[:, span].T, out=rg_MB)
+            scores_MB.addcmul_(rz_MB, rg_MB)
+        return scores_MB
+
+    def pairs(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
+        """Scores (Q,) float64 of the pairs (centers[rows[q]], pool[cols[q]]); `rows`, `cols` (Q,) int64.
+
+        The order of every sum is fixed, so a pair's score is the same to the last bit whatever else is asked for with
+        it. Works in chunks: memory O(Q), not O(Q L).
+        """
+        size = max(1, PAIR_NUMBERS.get(rows.device.type, 1 << 22) // sum(self.lengths))
+        chunks = zip(rows.split(size), cols.split(size), strict=True)
+        return torch.cat([self._pair_chunk(centers, pool, r, c) for r, c in chunks])
+
+    def _pair_chunk(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
+        rz_Qj = self._correlations(centers.z, pool.z, rows, cols)
+        rg_Qj = self._correlations(centers.g, pool.g, rows, cols) if self.name != "pcc" else [0.0] * len(rz_Qj)
+        terms = [
+            w * (rz * rg if self.name == "pfk" else rz + rg)
+            for w, rz, rg in zip(self.weights, rz_Qj, rg_Qj, strict=True)
+        ]
+        return sum(terms[1:], start=terms[0])
+
+    def _correlations(self, a_ML: Tensor, b_BL: Tensor, rows: Tensor, cols: Tensor) -> list[Tensor]:
+        products_QL = a_ML.index_select(0, rows).double().mul_(b_BL.index_select(0, cols))
+        return [_fixed_order_sum(products_QL[:, span]) for span in self.spans]
+
+    def error_bound(self) -> float:
+        """A bound on |float32 `block` - exact score, rounded to float32| for standardised descriptors.
+
+        A dot product of n terms, summed in any order, is off by at most gamma_n = n u / (1 - n u), u = 2^-24, times the
+        sum of the terms' sizes (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), and each
+        further product or sum raises n by one (lemma 3.3). The sum of sizes is at most W = sum of w_j (Cauchy-Schwarz;
+        twice that for pfk-sum), times `LENGTH_SLACK` as stored vectors are of unit length only to rounding. n also
+        counts the rounding of w_j and of the exact score, and a threshold's subtraction. Where torch may round the
+        inputs of matrix products (to TF32, or to bfloat16), the bound is wide enough for that.
+        Raises ValueError where the descriptors are too long for float32 to say anything.
+        """
+        total, scales = sum(self.lengths), len(self.lengths)
+        terms = {"pcc": total, "pfk": 2 * max(self.lengths) + scales, "pfk-sum": 2 * total}
+        nu = (terms[self.name] + 8) * 2.0**-24
+        if nu >= 0.5:
+            raise ValueError(f"descriptors of {total} numbers are too long for a float32 kernel")
+        inputs = 4 * 2.0**-8 * 1.05 if _products_may_round_inputs() else 0.0
+        size = sum(self.weights) * (2 if self.name == "pfk-sum" else 1) * LENGTH_SLACK
+        return size * (nu / (1 - nu) + inputs * (1 + nu / (1 - nu))) + terms[self.name] * 2.0**-120
+
+
+def _products_may_round_inputs() -> bool:
+    settings = (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+    return any(setting not in ("none", "ieee") for setting in settings)
+
+
+def _fixed_order_sum(x_Ql: Tensor) -> Tensor:
+    # Folds the right half onto the left. torch.sum may order its sum by the shape; these elementwise sums cannot.
+    n = x_Ql.shape[1]
+    while n > 1:
+        half = (n + 1) // 2
+        x_Ql[:, : n - half] += x_Ql[:, half:n]
+        n = half
+    return x_Ql[:, 0]

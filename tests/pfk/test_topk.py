@@ -1,0 +1,153 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raypfk.pfk import Descriptors, Kernel, TopK, reference, standardise, topk
+
+from .strategies import descriptors, kernels, lists, quick, seeds
+
+
+def oracle(kernel: Kernel, centers: Descriptors, pool: Descriptors, keys: torch.Tensor, k: int):
+    """`reference.top_k` of every center, padded as `TopK.result` is."""
+    rows = reference.scores(kernel.name, kernel.lengths, kernel.weight, lists(centers), lists(pool))
+    best = [reference.top_k(row, keys.tolist(), k) for row in rows]
+    best = [row + [(-torch.inf, -1)] * (k - len(row)) for row in best]
+    scores = torch.tensor([[score for score, _ in row] for row in best], dtype=torch.float32).reshape(-1, k)
+    return scores, torch.tensor([[key for _, key in row] for row in best], dtype=torch.int64).reshape(-1, k)
+
+
+def whole(kernel, centers, pool, keys, k):
+    top = TopK(len(centers.z), k)
+    top.add(kernel, centers, pool, keys)
+    return top.result()
+
+
+def same(got, expected):
+    return torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@quick
+@given(kernels, st.integers(0, 5), st.integers(0, 25), st.sampled_from([1, 2, 7, 30]), seeds)
+def test_top_k_is_the_sorted_list_of_exact_scores(kernel, m, n, k, seed):
+    """With ties, duplicates, zero vectors, K > N, no center or no image: the loops' list, to the bit."""
+    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
+    keys = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:n]
+    assert same(whole(kernel, centers, pool, keys, k), oracle(kernel, centers, pool, keys, k))
+
+
+@quick
+@given(kernels, st.integers(1, 8), st.integers(1, 60), st.sampled_from([1, 3, 20]), st.integers(1, 9), seeds)
+def test_blocks_order_tiles_and_parts_do_not_matter(kernel, m, n, k, blocks, seed):
+    """One block, or many in any order, in small tiles, some offered twice, merged from parts: the same bits."""
+    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
+    keys = torch.arange(n)
+    expected = whole(kernel, centers, pool, keys, k)
+    generator = torch.Generator().manual_seed(seed)
+    parts = [TopK(m, k) for _ in range(3)]
+    chunks = list(torch.randperm(n, generator=generator).chunk(blocks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "TILE_CENTERS", 3), patch.setattr(topk, "TILE_POOL", 7), patch.setattr(topk, "ENTRIES", 5)
+        for index in [*chunks, chunks[0]]:
+            part = parts[int(torch.randint(3, (), generator=generator))]
+            part.add(kernel, centers, pool.rows(index), keys[index])
+    parts[0].merge(parts[1])
+    parts[2].merge(TopK.of(*parts[0].result()))
+    parts[2].merge(parts[1])
+    assert same(parts[2].result(), expected)
+
+
+def test_large_tiles_of_random_vectors_keep_the_exact_order():
+    """At the real tile size float32 would swap near-equal scores: the state holds the float64 order all the same."""
+    kernel = Kernel("pfk", (16, 48))
+    torch.manual_seed(5)
+    base = torch.randn(50, 64)
+    near = base.repeat(120, 1) * (1 + 1e-6 * torch.randn(6000, 64))
+    pool = Descriptors(standardise(near, kernel.lengths), standardise(near.flip(1), kernel.lengths))
+    centers = pool.rows(slice(0, 20))
+    rows, cols = torch.cartesian_prod(torch.arange(20), torch.arange(6000)).T
+    exact = kernel.pairs(centers, pool, rows, cols).float().reshape(20, 6000)
+    keys = exact.argsort(dim=1, descending=True, stable=True)[:, :10]
+    assert not torch.equal(kernel.block(centers, pool).argsort(dim=1, descending=True, stable=True)[:, :10], keys)
+    assert same(whole(kernel, centers, pool, torch.arange(6000), 10), (exact.gather(1, keys), keys))
+
+
+def test_all_scores_equal_goes_by_key_in_bounded_chunks(monkeypatch):
+    """A pool of zero vectors: every pair ties at 0, candidates come in chunks, the smallest keys win."""
+    seen = []
+    plain = Kernel.pairs
+
+    def spy(self, centers, pool, rows, cols):
+        seen.append(len(rows))
+        return plain(self, centers, pool, rows, cols)
+
+    monkeypatch.setattr(Kernel, "pairs", spy)
+    monkeypatch.setattr(topk, "ENTRIES", 1000)
+    zero = Descriptors(torch.zeros(5000, 4), torch.zeros(5000, 4))
+    keys = torch.arange(5000).flip(0)
+    scores, best = whole(Kernel("pfk", (4,)), zero.rows(slice(0, 3)), zero, keys, 6)
+    assert torch.equal(scores, torch.zeros(3, 6)) and torch.equal(best, torch.arange(6).expand(3, 6))
+    assert max(seen) <= 1000
+
+
+@pytest.mark.parametrize("name", ["pcc", "pfk", "pfk-sum"])
+def test_a_nan_is_dropped_and_disturbs_nobody(name):
+    """NaN rows of the pool are never candidates, a NaN center has none, and all others are as without them."""
+    kernel = Kernel(name, (3, 4))
+    centers, pool = descriptors(6, kernel.lengths, 1), descriptors(40, kernel.lengths, 2)
+    broken = Descriptors(pool.z.clone(), pool.g.clone())
+    broken.z[::3, 1] = torch.nan
+    good = torch.arange(40)[torch.arange(40) % 3 != 0]
+    expected = whole(kernel, centers, pool.rows(good), good, 5)
+    assert same(whole(kernel, centers, broken, torch.arange(40), 5), expected)
+    top = TopK(6, 5)
+    for i in range(0, 40, 4):  # the state is full when later NaNs come
+        top.add(kernel, centers, broken.rows(slice(i, i + 4)), torch.arange(i, i + 4))
+    assert same(top.result(), expected)
+    centers.z[2] = torch.nan
+    scores, keys = whole(kernel, centers, pool, torch.arange(40), 5)
+    assert (keys[2] == -1).all() and (scores[2] == -torch.inf).all() and (keys[[0, 1, 3, 4, 5]] >= 0).all()
+
+
+def test_descriptors_stored_in_half_precision_are_ranked_as_stored():
+    """float16 storage is raised to float32 first: the result is that of the raised numbers."""
+    kernel, part = Kernel("pfk", (8, 8)), descriptors(30, (8, 8), 9).to(torch.float16)
+    raised, keys = part.to(torch.float32), torch.arange(30)
+    assert same(whole(kernel, part, part, keys, 4), whole(kernel, raised, raised, keys, 4))
+
+
+def test_what_does_not_fit_is_refused():
+    """Shapes, dtypes, unstandardised vectors and accumulators of another size are errors, not wrong candidates."""
+    kernel, part, keys = Kernel("pfk", (3,)), descriptors(4, (3,), 0), torch.arange(4)
+    top = TopK(4, 2)
+    wrong = [
+        (part.rows(slice(0, 3)), part, keys),
+        (part, part, keys[:3]),
+        (part, part, keys.int()),
+        (part, part, keys - 1),
+        (part, Descriptors(part.z + 2, part.g), keys),
+        (part, Descriptors(part.z, part.g + torch.inf), keys),
+        (part, descriptors(4, (4,), 0), keys),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="expected"):
+            top.add(kernel, *arguments)
+    for other in (TopK(4, 3), TopK(3, 2)):
+        with pytest.raises(ValueError, match="expected an accumulator"):
+            top.merge(other)
+    for arguments in [(torch.zeros(2, 3), torch.zeros(2, 3)), (torch.zeros(2), torch.zeros(2).long())]:
+        with pytest.raises(ValueError, match="expected"):
+            TopK.of(*arguments)
+    with pytest.raises(ValueError, match="k >= 1"):
+        TopK(3, 0)
+
+
+def test_result_is_a_copy():
+    """Later blocks do not change a result already read, nor does its reader change the state."""
+    kernel, part = Kernel("pcc", (3,)), descriptors(5, (3,), 0)
+    top = TopK(5, 2)
+    top.add(kernel, part, part, torch.arange(5) + 10)
+    before = top.result()
+    before[1].fill_(7)
+    top.add(kernel, part, part, torch.arange(5))
+    assert (before[1] == 7).all() and not (top.result()[1] == 7).any()
