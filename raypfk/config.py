@@ -1,0 +1,266 @@
+"""What a run is: one YAML file, strictly validated into these objects.
+
+A field's docstring stands beside it. Everything is part of the run's identity (the same run directory with another
+value is refused) but `rounds`, which may grow, and `resources`, which never change what is selected.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raypfk import store
+from raypfk.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = int | float
+"""A number of images (int) or a share of what is there (float in (0, 1))."""
+
+STRATEGIES = ("pfk", "pfk-sum", "pcc", "random")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ImbalanceConfig(Section):
+    """Class imbalance made at pool build: images of the `classes` are cut to (all the others' images) / `ratio`."""
+
+    ratio: Annotated[float, Field(ge=1)]
+    classes: list[int] | None = None
+    """The rare classes, or"""
+    random_classes: Positive | None = None
+    """how many classes, drawn by the seed, become rare (the paper's ImageNet: 500 of 1,000)."""
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.classes is None) == (self.random_classes is None):
+            raise ValueError("give either `classes` or `random_classes`")
+        return self
+
+
+class DataConfig(Section):
+    """Where the images come from: an existing pool, or a source that the run makes its pool of, once."""
+
+    pool: str | None = None
+    source: Literal["folder", "mnist", "svhn", "cifar10", "digits"] | None = None
+    root: str | None = None
+    """Where the source lies: a folder of images, or the folder that torchvision's data set takes as root."""
+    validation_root: str | None = None
+    """`folder` only: class folders of the trusted validation images (else `validation` are taken from `root`)."""
+    test_root: str | None = None
+    """`folder` only: class folders of the test images (else `test` are taken from `root`)."""
+    validation: Share | None = None
+    """Images (int) or share (float) of the labelled training images kept as validation set, evenly over classes."""
+    test: Share | None = None
+    """Likewise, for sources without a test split of their own."""
+    imbalance: ImbalanceConfig | None = None
+    shard_rows: Positive = 1024
+    """Images per pool shard: the unit of work of extraction and of resuming."""
+    max_pixels: Positive = 100_000_000
+    """An image with more pixels is rejected, unread."""
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.pool is None) == (self.source is None):
+            raise ValueError("give either `pool` (an existing pool) or `source` (what to build one from)")
+        if self.source in ("folder", "mnist", "svhn", "cifar10") and self.root is None:
+            raise ValueError(f"source {self.source!r} needs `root`, the folder it lies in (--set data.root=...)")
+        if self.source != "folder" and (self.validation_root or self.test_root):
+            raise ValueError("`validation_root` and `test_root` go with source 'folder' only")
+        for name in ("validation", "test"):
+            share = getattr(self, name)
+            if share is not None and (share <= 0 or (isinstance(share, float) and share >= 1)):
+                raise ValueError(f"`{name}` must be a number of images (int >= 1) or a share (0 < float < 1): {share}")
+        return self
+
+
+class ImageConfig(Section):
+    """What a network sees: shorter side resized, centre cropped, scaled to 0..1, then (x - mean) / std."""
+
+    size: Positive | None = None
+    """Side of the square crop in pixels; null: the pool's own size, if all its images have one."""
+    resize: Positive | None = None
+    """Length of the shorter side before the crop; null: `size`."""
+    channels: Literal[1, 3] | None = None
+    """null: 1 if every image of the pool is greyscale, else 3."""
+    mean: list[float] = [0.5]
+    std: list[Annotated[float, Field(gt=0)]] = [0.5]
+    """One value, or one per channel."""
+
+
+class ModelConfig(Section):
+    name: str
+    """lenet, resnet10, resnet18, or any classification network of torchvision."""
+    taps: Annotated[list[str], Field(min_length=1)]
+    """Layers whose output is read, in the order of the descriptor's scales; dotted names as in named_modules()."""
+
+
+class TrainConfig(Section):
+    epochs: Positive
+    batch_size: Positive
+    """Images per step, over all workers (rotation pretraining shows each in 4 rotations)."""
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The learning rate is multiplied by it"""
+    decay_every: Positive | None = None
+    """after every so many epochs, or"""
+    milestones: list[Positive] | None = None
+    """after these epochs."""
+    augment: Literal["none", "flip", "crop-flip"] = "none"
+    """Random horizontal flip; random resized crop (area 0.35 to 1) and flip."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Ray Train worker processes; 0 trains in the driver's process, which saves tens of seconds a round."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    threads: Positive = 1
+    """CPU threads of a worker; small networks lose with more, and much where other work runs beside them."""
+    storage: str | None = None
+    """Ray Train's storage path; null: `ray_train` in the run directory."""
+    checkpoint_every: Positive = 10
+    """Epochs between the checkpoints that an interrupted training goes on from."""
+
+    @model_validator(mode="after")
+    def _one_schedule(self):
+        if self.decay_every and self.milestones:
+            raise ValueError("give either `decay_every` or `milestones`")
+        return self
+
+
+class ResourcesConfig(Section):
+    """Share of the cluster; changes the speed and never the selection."""
+
+    extract_actors: Positive | None = None
+    """null: one per GPU, or one per CPU core where there is no GPU."""
+    extract_gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs per actor; null: 1 where the cluster has any, else 0."""
+    batch_size: Positive = 256
+    """Images per forward pass."""
+    score_actors: Positive | None = None
+    """null: one per CPU core."""
+    score_threads: Positive = 1
+    """Threads, and CPUs asked for, of one scoring actor."""
+
+
+class Config(Section):
+    """One run."""
+
+    data: DataConfig
+    image: ImageConfig = ImageConfig()
+    model: ModelConfig
+    pretrain: TrainConfig | None = None
+    """Rotation pretraining (Gidaris et al. 2018) on the unlabelled pool; null: random weights."""
+    train: TrainConfig
+    strategy: Literal[STRATEGIES] = "pfk"
+    label_estimator: Literal["true", "predicted", "neighbour"] = "neighbour"
+    scale_weight: Literal["length", "length-squared", "equal"] = "length"
+    budget: Positive
+    """P, images bought per round."""
+    rounds: Positive = 10
+    """B."""
+    top_k: Positive = 32
+    """Candidates kept per center to begin with; grows where they run out."""
+    oracle: Literal["simulated", "file"] = "simulated"
+    """simulated: the pool's hidden labels; file: a person's answers in rounds/NNN/labels.csv."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML reads 1e-1 as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load(path: str, overrides: dict[str, Any] | None = None, assignments: tuple[str, ...] = ()) -> Config:
+    """Read and validate a run's YAML file.
+
+    path: file. overrides: top-level fields from the command line. assignments: `dotted.key=value` strings; the value
+    is YAML. Raises UserError that names the file, the dotted path, what was expected and what came.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected YAML text, found binary data") from None
+    tree = _parse(text, path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    for assignment in assignments:
+        _assign(tree, assignment)
+    tree |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    return _absolute_paths(validate(tree, path))
+
+
+def validate(tree: dict, origin: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors())) from None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Dotted fields in which `new` is another run than `old`, as `field: old -> new`."""
+    found: list[str] = []
+    _differ(old.model_dump(), new.model_dump(), "", found)
+    return found
+
+
+def _differ(old: Any, new: Any, path: str, found: list[str]) -> None:
+    if path == "resources" or (path == "rounds" and new >= old):
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old:
+            _differ(old[key], new[key], f"{path}.{key}".lstrip("."), found)
+    elif old != new:
+        found.append(f"{path}: {old!r} there, {new!r} now")
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not YAML: {error}") from None
+
+
+def _assign(tree: dict, assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {assignment}: expected dotted.key=value")
+    node = tree
+    *parents, last = key.split(".")
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {assignment}: {name!r} is a value, not a section")
+    node[last] = _parse(value, f"--set {assignment}")
+
+
+def _explain(error: dict) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    came = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{where}: expected {message}{came}" if error["msg"].startswith("Input should") else f"{where}: {message}"
+
+
+def _absolute_paths(config: Config) -> Config:
+    """Paths are resolved where the command was given: workers run elsewhere."""
+    data = {
+        name: store.absolute(value)
+        for name in ("pool", "root", "validation_root", "test_root")
+        if (value := getattr(config.data, name)) is not None
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
