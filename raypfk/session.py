@@ -1,0 +1,84 @@
+"""Ray for one command: the cluster that the environment names, or a quiet local one."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from raypfk.errors import UserError
+
+
+@contextmanager
+def ray_session(verbose: bool = False, cpus: int | None = None) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS (set inside a submitted job) or start a local Ray; end it at the exit.
+
+    cpus: logical CPUs of a local Ray (default: the cores, and at least 4).
+
+    Raises UserError where RAY_ADDRESS is the dashboard's http address, which a driver cannot use.
+    """
+    if ray.is_initialized():  # a caller's own session: use it, leave it
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS is {address!r}, a dashboard's address; expected host:port of the cluster "
+            "(for `ray job submit` set RAY_API_SERVER_ADDRESS instead)"
+        )
+    _quiet(verbose)
+    level = logging.INFO if verbose else logging.ERROR
+    if address:
+        ray.init(address=address, log_to_driver=verbose, logging_level=level)
+    else:
+        # A local Ray talks to nobody else: without this it writes a token file that later clusters would ask for.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "warning" if verbose else "fatal")
+        # More logical CPUs than cores on a small machine, or training workers would starve the tasks that feed them.
+        logical = cpus or max(4, os.cpu_count() or 1)
+        with _without_stderr(not verbose):
+            ray.init(num_cpus=logical, include_dashboard=False, log_to_driver=verbose, logging_level=level)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _without_stderr(hidden: bool) -> Iterator[None]:
+    """Hides what compiled code prints: Ray's core announces on stderr that it was asked to be quiet."""
+    if not hidden:
+        yield
+        return
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _quiet(verbose: bool) -> None:
+    from ray.data import DataContext
+
+    if not verbose:
+        os.environ.setdefault("RAY_TQDM", "0")
+        DataContext.get_current().enable_progress_bars = False
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def gpus() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cpus() -> int:
+    """CPUs of the cluster; of a local Ray the cores that are there, not the logical ones."""
+    logical = int(ray.cluster_resources().get("CPU", 1))
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    return max(1, min(logical, os.cpu_count() or 1) if len(nodes) == 1 else logical)
