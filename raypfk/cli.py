@@ -1,0 +1,173 @@
+"""The command line: parse, build, call. Exit codes: 0 done, 1 a failure, 2 the user's mistake, 130 interrupted."""
+
+import json
+import sys
+import traceback
+
+import click
+
+from raypfk import __version__
+from raypfk.errors import UserError, WaitingForLabels
+
+_verbose = click.option("--verbose", is_flag=True, help="Ray's own messages, and tracebacks.")
+_round = click.option("--round", "number", type=click.IntRange(min=0), required=True, help="Round, from 1 (0: train).")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="raypfk")
+def cli():
+    """Active learning for biased image pools by Fisher-kernel self-supervision, on Ray."""
+
+
+@cli.command()
+@click.argument("config_argument", metavar="[CONFIG]", required=False, type=click.Path())
+@click.option("--config", "config_option", type=click.Path(), help="The same, as an option.")
+@click.option("--out", required=True, help="Run directory: a local path or s3://bucket/key.")
+@click.option("--strategy", help="pfk, pfk-sum, pcc or random.")
+@click.option("--label-estimator", help="true, predicted or neighbour.")
+@click.option("--rounds", type=int, help="Rounds of selection.")
+@click.option("--seed", type=int, help="Seed of split, imbalance, weights, centers and training.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any field, as in train.epochs=20.")
+@_verbose
+def run(config_argument, config_option, out, assignments, verbose, **overrides):
+    """Run CONFIG, a YAML file, to its last round; run again, it goes on where it stopped."""
+    from raypfk import config as configs
+    from raypfk import loop, session, status
+
+    if bool(config_argument) == bool(config_option):
+        raise click.UsageError("expected one configuration: raypfk run CONFIG.yaml --out DIR")
+    config = configs.load(config_argument or config_option, overrides, assignments)
+    with session.ray_session(verbose):
+        loop.run(config, out)
+    status.show(status.read(out))
+
+
+@cli.command()
+@click.option("--out", default="runs/demo", show_default=True, help="Folder for the pool, two runs and the plot.")
+@_verbose
+def demo(out, verbose):
+    """Bundled digits with a 10x class imbalance: pfk against random, a table and a plot at the end."""
+    from raypfk import demo as demonstration
+    from raypfk import session
+
+    with session.ray_session(verbose):
+        demonstration.demo(out)
+
+
+@cli.command("status")
+@click.argument("run_dir", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def status_command(run_dir, as_json):
+    """What is done of RUN, round by round."""
+    from raypfk import status
+
+    state = status.read(run_dir)
+    if as_json:
+        click.echo(json.dumps(state, indent=2))
+    else:
+        status.show(state)
+
+
+@cli.group()
+def pool():
+    """Pools of images."""
+
+
+@pool.command("build")
+@click.argument("source")
+@click.argument("dest")
+@click.option("--validation", help="Images (500), share (0.1) or folder of class folders: the trusted validation set.")
+@click.option("--test", help="Likewise, the test set.")
+@click.option("--imbalance", type=float, help="Cut the --rare classes to the others' images / IMBALANCE.")
+@click.option("--rare", help="Rare classes by index: 5,6,7.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--shard-rows", type=click.IntRange(min=1), default=1024, show_default=True, help="Images per shard.")
+@_verbose
+def build(source, dest, validation, test, imbalance, rare, seed, shard_rows, verbose):
+    """Make the pool DEST of SOURCE: a folder of images, or mnist:ROOT, svhn:ROOT, cifar10:ROOT, digits."""
+    from raypfk import pool_command, session
+
+    data = pool_command.data_config(source, validation, test, imbalance, rare, shard_rows)
+    with session.ray_session(verbose):
+        pool_command.build(data, dest, seed)
+
+
+def _stage_command(name: str, text: str) -> click.Command:
+    @click.command(name, help=text)
+    @click.argument("run_dir", metavar="RUN")
+    @_round
+    @_verbose
+    def command(run_dir, number, verbose):
+        from raypfk import loop, progress, session
+        from raypfk.run import Run
+
+        opened = Run.open(run_dir)
+        with session.ray_session(verbose):
+            if not loop.do_stage(opened, number, name):
+                progress.current().say(f"round {number}: {name} is done already")
+
+    return command
+
+
+extract = _stage_command("extract", "Features and Fisher scores of the validation set and the pool.")
+score = _stage_command("score", "The kernel: the best pool images for each center.")
+acquire = _stage_command("acquire", "The images most worth labelling.")
+label = _stage_command("label", "Their labels, from the oracle.")
+train = _stage_command("train", "Retrain on all labels so far (round 0: make the initial weights).")
+evaluate = _stage_command("evaluate", "Accuracy on the test set.")
+for _command in (extract, score, acquire, label, train, evaluate):
+    cli.add_command(_command)
+
+
+def run_command(command: click.Command, args: list[str] | None = None) -> None:
+    """Run a click command as the program: one clear message on stderr and an exit code, whatever happens."""
+    verbose = "--verbose" in (sys.argv if args is None else args)
+    try:
+        code = command.main(args, standalone_mode=False)
+    except click.exceptions.Abort:
+        _stop("interrupted; the same command goes on from here", 130)
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command goes on from here", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except WaitingForLabels as waiting:
+        click.echo(str(waiting), err=True)
+        sys.exit(0)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        mistake = _find(error, UserError)
+        if mistake:
+            _stop(str(mistake), 2)
+        root = _root(error)
+        _stop(f"failed: {type(root).__name__}: {root}" + ("" if verbose else "\n(--verbose shows where)"), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def main() -> None:
+    run_command(cli)
+
+
+def _stop(message: str, code: int) -> None:
+    click.echo(f"raypfk: {message}", err=True)
+    sys.exit(code)
+
+
+def _chain(error: BaseException | None):
+    """The error, and what it was raised from; Ray wraps what a task raised in `cause`."""
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
+
+
+def _find(error: BaseException, kind: type) -> BaseException | None:
+    return next((e for e in _chain(error) if type(e) is kind), None)
+
+
+def _root(error: BaseException) -> BaseException:
+    return list(_chain(error))[-1]
+
+
+if __name__ == "__main__":
+    main()

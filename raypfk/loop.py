@@ -1,0 +1,100 @@
+"""The whole chain. A round is its stages, in order; a stage that left its marker is not done again."""
+
+import time
+from collections.abc import Callable
+
+from raypfk import progress, store
+from raypfk.config import Config
+from raypfk.errors import UserError
+from raypfk.run import Run, open_pool
+from raypfk.stages.acquire import acquire
+from raypfk.stages.evaluate import evaluate, write_metrics
+from raypfk.stages.extract import extract
+from raypfk.stages.label import label
+from raypfk.stages.score import score
+from raypfk.stages.train import pretrain, train
+
+STAGES: dict[str, Callable[[Run, int], dict]] = {
+    "extract": extract,
+    "score": score,
+    "acquire": acquire,
+    "label": label,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+def run(config: Config, out: str) -> Run:
+    """Do a whole run, or what is left of it. Raises UserError if `out` holds another run."""
+    out = store.absolute(out)
+    if store.exists(store.join(out, "run.json")):
+        Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
+    pool = open_pool(config, out)
+    this = Run.create_or_open(config, out, pool)
+    for number in range(config.rounds + 1):
+        if number and not images_left(this, number):
+            progress.current().say(f"the pool is exhausted after round {number - 1}")
+            break
+        do_round(this, number)
+    return this
+
+
+def do_round(run: Run, number: int) -> None:
+    """Round 0 makes the initial weights; the others select, label, train and evaluate."""
+    if number == 0:
+        do_stage(run, 0, "train")
+        return
+    for stage in STAGES:
+        do_stage(run, number, stage)
+
+
+def do_stage(run: Run, number: int, stage: str) -> bool:
+    """Do one stage of one round, unless it is done; False if it was. UserError if an earlier stage is missing."""
+    if run.done(number, stage):
+        return False
+    _require_earlier(run, number, stage)
+    start = time.perf_counter()
+    facts = pretrain(run) if number == 0 else STAGES[stage](run, number)
+    facts = {"seconds": round(time.perf_counter() - start, 3), **facts}
+    if stage == "evaluate":
+        markers = {name: run.done(number, name) or facts for name in STAGES}
+        write_metrics(run, number, markers)
+    run.mark(number, stage, facts)
+    progress.current().say(_line(number, stage, facts))
+    return True
+
+
+def images_left(run: Run, number: int) -> bool:
+    """Whether round `number` has anything to select: it did, or not all of the pool is labelled before it."""
+    return bool(run.done(number, "acquire")) or run.labelled(number).num_rows < run.pool.rows("pool")
+
+
+def _require_earlier(run: Run, number: int, stage: str) -> None:
+    if number == 0:
+        if stage != "train":
+            raise UserError(f"round 0 has the stage train only (the initial weights), not {stage}")
+        return
+    needed = [(number - 1, "train" if number == 1 else "evaluate")]
+    needed += [(number, name) for name in list(STAGES)[: list(STAGES).index(stage)]]
+    for earlier, name in needed:
+        if not run.done(earlier, name):
+            raise UserError(
+                f"{run.uri}: {stage} of round {number} needs {name} of round {earlier} first: "
+                f"raypfk {name} {run.uri} --round {earlier}"
+            )
+
+
+def _line(number: int, stage: str, facts: dict) -> str:
+    shown = {k: v for k, v in facts.items() if k not in ("seconds", "confusion") and v is not None}
+    if stage == "evaluate":
+        confusion = facts["confusion"]
+        right = sum(row[i] for i, row in enumerate(confusion))
+        shown = {"test_accuracy": f"{right / max(1, facts['tested']):.4f}"}
+    details = ", ".join(f"{k} {_short(v)}" for k, v in shown.items())
+    return f"round {number}: {stage} in {facts['seconds']:.1f} s{': ' if details else ''}{details}"
+
+
+def _short(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,190 @@
+"""A run and its directory: identity, what is done, and files that carry the run they belong to."""
+
+import hashlib
+import platform
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import raypfk
+from raypfk import config as configs
+from raypfk import models, progress, store
+from raypfk.config import Config
+from raypfk.errors import UserError
+from raypfk.pfk import Kernel
+from raypfk.schema import LABELS, RoundDir
+from raypfk.stages import pool as pools
+from raypfk.stages.pool import Pool
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a network sees, settled: sides in pixels, mean and std of length 1 or `channels` on the 0..1 scale."""
+
+    size: int
+    resize: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run directory.
+
+    uri: local path or URI. id: random, made once; every file of the run carries it. classes: D.
+    """
+
+    uri: str
+    id: str
+    config: Config
+    pool: Pool
+    image: ImageSpec
+    classes: int
+
+    @classmethod
+    def create_or_open(cls, config: Config, uri: str, pool: Pool) -> "Run":
+        """The run at `uri`: made now, or gone on with. UserError that names the field if it is another run."""
+        uri = store.absolute(uri)
+        path = store.join(uri, "run.json")
+        if store.exists(path):
+            run = cls.open(uri, pool)
+            run.refuse_other(config)
+            _write(run.uri, run.id, config, pool)  # rounds may have grown
+            return cls.open(uri, pool)
+        run = cls(uri, uuid.uuid4().hex, config, pool, _image_spec(config, pool), pool.num_classes)
+        _check(config, pool)
+        run.lengths  # noqa: B018 - a wrong model or tap shows here, before anything is written
+        _write(uri, run.id, config, pool)
+        return run
+
+    @classmethod
+    def open(cls, uri: str, pool: Pool | None = None) -> "Run":
+        uri = store.absolute(uri)
+        path = store.join(uri, "run.json")
+        if not store.exists(path):
+            raise UserError(f"{uri}: no run here (run.json is missing)")
+        record = store.read_json(path)
+        if record.get("format") != FORMAT:
+            raise UserError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
+        config = configs.validate(record["config"], path)
+        pool = pool or Pool.open(record["pool"]["uri"])
+        if pool.fingerprint != record["pool"]["fingerprint"]:
+            raise UserError(
+                f"{uri} was begun on the pool {record['pool']['fingerprint'][:12]}, "
+                f"but {pool.uri} is the pool {pool.fingerprint[:12]}"
+            )
+        return cls(uri, record["id"], config, pool, _image_spec(config, pool), pool.num_classes)
+
+    def refuse_other(self, config: Config) -> None:
+        """UserError that names the fields in which `config` is another run than this one."""
+        if found := configs.differences(self.config, config):
+            raise UserError(f"{self.uri} holds another run: " + "; ".join(found))
+
+    def round(self, number: int) -> RoundDir:
+        return RoundDir(self.uri, number)
+
+    def done(self, number: int, stage: str) -> dict | None:
+        """The facts that a finished stage left (its marker), or None."""
+        path = self.round(number).marker(stage)
+        return store.read_json(path) if store.exists(path) else None
+
+    def mark(self, number: int, stage: str, facts: dict[str, Any]) -> None:
+        """Written after the stage's output is durable: the stage is done."""
+        store.write_json(self.round(number).marker(stage), facts)
+
+    def write(self, uri: str, table: pa.Table, compression: str = "zstd") -> None:
+        store.write_table(uri, stamp(table, self.id), compression)
+
+    def read(self, uri: str, schema: pa.Schema | None = None, columns: list[str] | None = None) -> pa.Table:
+        """A table of this run; UserError naming both runs if it is another's."""
+        table = store.read_table(uri, columns, schema)
+        came = (table.schema.metadata or {}).get(b"raypfk.run", b"").decode()
+        if came != self.id:
+            raise UserError(f"{uri} belongs to the run {came or '(none)'}, expected {self.id} ({self.uri})")
+        return table
+
+    def labelled(self, before: int) -> pa.Table:
+        """All labels bought in rounds 1 .. before-1, in the order of image_id."""
+        tables = [self.read(self.round(n).labels, LABELS) for n in range(1, before)]
+        table = pa.concat_tables([LABELS.empty_table(), *(t.replace_schema_metadata() for t in tables)])
+        if pc.count_distinct(table["image_id"]).as_py() != table.num_rows:
+            raise UserError(f"{self.uri}: an image is labelled twice in rounds 1 to {before - 1}")
+        return table.sort_by("image_id")
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """L_j of the taps. UserError for a tap that the network does not have."""
+        model, image = self.config.model, self.image
+        net = models.build(model.name, image.channels, self.classes, image.size, seed=0)
+        return models.check_taps(net, model.taps, image.channels, image.size)
+
+    def kernel(self) -> Kernel:
+        return Kernel(self.config.strategy, self.lengths, self.config.scale_weight)
+
+    def seed(self, *names: str | int) -> int:
+        """A seed below 2^63 for one use of randomness, the same wherever it is asked for."""
+        text = "/".join(map(str, (self.config.seed, *names)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def stamp(table: pa.Table, run_id: str) -> pa.Table:
+    return table.replace_schema_metadata({"raypfk.run": run_id})
+
+
+def open_pool(config: Config, uri: str) -> Pool:
+    """The pool that the config names, or the run's own, built from `data.source` once."""
+    if config.data.pool:
+        return Pool.open(config.data.pool)
+    return pools.build(config.data, store.join(store.absolute(uri), "pool"), config.seed, progress.current().say)
+
+
+def _write(uri: str, run_id: str, config: Config, pool: Pool) -> None:
+    versions = {"raypfk": raypfk.__version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in ("ray", "torch", "torchvision", "pyarrow")}
+    record = {
+        "format": FORMAT,
+        "id": run_id,
+        "seed": config.seed,
+        "versions": versions,
+        "pool": {"uri": pool.uri, "fingerprint": pool.fingerprint},
+        "config": config.model_dump(),
+    }
+    store.write_json(store.join(uri, "run.json"), record)
+
+
+def _check(config: Config, pool: Pool) -> None:
+    """What only pool and config together can show."""
+    for split, use in (("validation", "the trusted set that shows what must work"), ("test", "for the accuracy")):
+        if not pool.rows(split):
+            raise UserError(f"{pool.uri} has no {split} images ({use}): see data.{split} and data.{split}_root")
+    if not pool.rows("pool"):
+        raise UserError(f"{pool.uri} has no unlabelled images")
+    labelled = pool.manifest["splits"]["pool"]["label_histogram"] is not None
+    if not labelled and config.oracle == "simulated":
+        raise UserError(f"oracle: 'simulated' needs a pool with hidden labels, {pool.uri} has none; use oracle: file")
+    if not labelled and config.label_estimator == "true":
+        raise UserError(f"label_estimator: 'true' needs a pool with hidden labels, {pool.uri} has none")
+
+
+def _image_spec(config: Config, pool: Pool) -> ImageSpec:
+    wanted, found = config.image, pool.manifest["image"]
+    size = wanted.size or (found["width"] if found["width"] == found["height"] else None)
+    if size is None:
+        raise UserError(f"image.size: missing, and the images of {pool.uri} are not all squares of one size")
+    resize = wanted.resize or size
+    if resize < size:
+        raise UserError(f"image.resize: {resize} is smaller than image.size {size}")
+    channels = wanted.channels or found["channels"]
+    for name in ("mean", "std"):
+        if len(getattr(wanted, name)) not in (1, channels):
+            raise UserError(f"image.{name}: expected 1 or {channels} values, found {len(getattr(wanted, name))}")
+    return ImageSpec(size, resize, channels, tuple(wanted.mean), tuple(wanted.std), config.data.max_pixels)

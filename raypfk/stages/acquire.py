@@ -1,0 +1,95 @@
+"""Acquire: P images out of the candidates, each with the center, rank and score that asked for it (4.4, line 10)."""
+
+import hashlib
+import heapq
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from raypfk import pfk, progress, store
+from raypfk.run import Run
+from raypfk.schema import CANDIDATES, SELECTION
+from raypfk.stages.score import score
+
+
+def acquire(run: Run, round: int) -> dict:
+    """Write round `round`'s selection.parquet: P images, fewer only when the pool is exhausted."""
+    budget = run.config.budget
+    if run.config.strategy == "random":
+        selection, facts = _random(run, round), {}
+    else:
+        selection, facts = _rank_by_rank(run, round)
+    if selection.num_rows < budget:
+        progress.current().say(f"round {round}: the pool is exhausted, {selection.num_rows} of {budget} images left")
+    run.write(run.round(round).selection, selection)
+    return {"selected": selection.num_rows, **facts}
+
+
+def _rank_by_rank(run: Run, round: int) -> tuple[pa.Table, dict]:
+    """Rank by rank over the candidates; where they run out, K grows and the pool is scanned again."""
+    files, budget = run.round(round), run.config.budget
+    scans, facts = 0, run.done(round, "score")
+    while True:
+        candidates = run.read(files.candidates, CANDIDATES)
+        picked = pick(candidates, budget)
+        if picked.num_rows == budget or facts["k"] >= facts["images"]:
+            return _with_estimates(run, round, picked), {"k": facts["k"], "rescans": scans}
+        facts = score(run, round, min(4 * facts["k"], facts["images"]))
+        scans += 1
+
+
+def pick(candidates: pa.Table, budget: int) -> pa.Table:
+    """candidates (schema.CANDIDATES) -> (image_id, center_id, rank, score): at most `budget`, in order of choice."""
+    if not candidates.num_rows:
+        return candidates.select(["image_id", "center_id", "rank", "score"])
+    ids, image = np.unique(candidates["image_id"].to_numpy(), return_inverse=True)  # sorted: index order is id order
+    centers, center = np.unique(candidates["center_id"].to_numpy(), return_inverse=True)
+    rank = candidates["rank"].to_numpy().copy()
+    shape = (len(centers), int(rank.max()) + 1)
+    scores = torch.full(shape, -torch.inf)
+    keys = torch.full(shape, -1, dtype=torch.int64)
+    scores[center, rank] = torch.from_numpy(candidates["score"].to_numpy().copy())
+    keys[center, rank] = torch.from_numpy(image)
+    picks = pfk.rank_by_rank(scores, keys, budget)
+    return pa.table(
+        {
+            "image_id": pa.array(ids[picks.keys.numpy()], pa.string()),
+            "center_id": pa.array(centers[picks.centers.numpy()], pa.string()),
+            "rank": pa.array(picks.ranks.numpy().astype(np.int32)),
+            "score": pa.array(picks.scores.numpy()),
+        }
+    )
+
+
+def _with_estimates(run: Run, round: int, picked: pa.Table) -> pa.Table:
+    """The selection: each pick with its position and the label that was estimated for it."""
+    columns = ["image_id", "estimated_label"]
+    shards = run.pool.locate(picked["image_id"].to_pylist())
+    folder = run.round(round).descriptors
+    tables = [store.read_table(store.join(folder, s.name), columns) for s in shards]
+    known = pa.concat_tables(t.replace_schema_metadata() for t in tables) if tables else None
+    estimates = (
+        known["estimated_label"].take(pc.index_in(picked["image_id"], known["image_id"])) if tables else pa.array([])
+    )
+    table = picked.append_column("position", pa.array(np.arange(picked.num_rows, dtype=np.int32)))
+    return table.append_column("estimated_label", estimates).select(SELECTION.names).cast(SELECTION)
+
+
+def _random(run: Run, round: int) -> pa.Table:
+    """P images uniformly: those whose hash with the round's seed is smallest, whatever the order they are met in."""
+    taken = set(run.labelled(round)["image_id"].to_pylist())
+    salt = run.seed("random", round).to_bytes(8)
+
+    def draws():
+        for shard in run.pool.shards("pool"):
+            for image_id in run.pool.read_shard(shard, ["image_id"])["image_id"].to_pylist():
+                if image_id not in taken:
+                    yield hashlib.blake2b(image_id.encode(), key=salt, digest_size=8).digest(), image_id
+
+    chosen = [image_id for _, image_id in heapq.nsmallest(run.config.budget, draws())]
+    positions = pa.array(np.arange(len(chosen), dtype=np.int32))
+    columns = {"position": positions, "image_id": pa.array(chosen, pa.string())}
+    nothing = {f.name: pa.nulls(len(chosen), f.type) for f in SELECTION if f.name not in columns}
+    return pa.table({**columns, **nothing}).select(SELECTION.names).cast(SELECTION)

@@ -1,0 +1,180 @@
+"""Extract: one forward and one partial backward pass per image; descriptor shards out (Algorithm 1, lines 3 to 8).
+
+The validation set first: its misses become the centers, and its features the reference of the label estimator.
+Then the pool, without the images that are labelled already.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from raypfk import pfk, progress, store
+from raypfk.pfk import Descriptors, Kernel, TapReader
+from raypfk.run import ImageSpec, Run, stamp
+from raypfk.schema import descriptors as descriptor_schema
+from raypfk.schema import fixed_lists, matrix
+from raypfk.stages.stream import Decoder, Maybe, NetworkSpec, batches, network_of, through_actors, value
+
+DESCRIPTOR_COMPRESSION = "none"  # standardised float32 is noise to a compressor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes an image a descriptor, beside the network.
+
+    estimator: "true", "predicted" or "neighbour". fisher: False leaves the Fisher scores zero and costs no backward.
+    reference: for "neighbour", the validation set's features (M, L) float32 and labels (M,) int64.
+    """
+
+    taps: tuple[str, ...]
+    estimator: str
+    fisher: bool
+    batch_size: int
+    image: ImageSpec
+    reference: tuple[Maybe, Maybe] | None = None
+
+
+class Describer:
+    """Actor: a shard's decoded images in, one descriptor shard of the same name written to `out`."""
+
+    def __init__(self, network: NetworkSpec, recipe: Recipe, out: str, run_id: str):
+        net, self.device = network.load()
+        self.reader = TapReader(net, recipe.taps)
+        self.recipe, self.out, self.run_id = recipe, out, run_id
+        if recipe.reference:
+            self.reference = tuple(torch.from_numpy(value(held).copy()).to(self.device) for held in recipe.reference)
+
+    def __call__(self, shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        began, rows = time.time(), len(shard["image"])
+        if not rows:
+            return {"rows": np.empty(0, np.int64), "began": np.empty(0)}
+        parts, start = [], 0
+        for count, x in batches(shard["image"], self.recipe.image, self.recipe.batch_size, self.device):
+            labels = shard["label"][start : start + count] if "label" in shard else None
+            parts.append(self._describe(x, count, labels))
+            start += count
+        z, g, predicted, estimated = (np.concatenate(column) for column in zip(*parts, strict=True))
+        columns = {
+            "image_id": pa.array(shard["image_id"], pa.string()),
+            "features": fixed_lists(z),
+            "fisher": fixed_lists(g),
+            "predicted": predicted,
+            "estimated_label": estimated,
+        }
+        if "label" in shard:
+            columns["label"] = shard["label"]
+        name = shard["shard"][0]
+        store.write_table(store.join(self.out, name), stamp(pa.table(columns), self.run_id), DESCRIPTOR_COMPRESSION)
+        return {"rows": np.array([rows]), "began": np.array([began])}
+
+    def _describe(self, x: torch.Tensor, count: int, labels: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """features (count, L), Fisher scores (count, L), predicted (count,), estimated (count,) of one padded batch."""
+        recipe = self.recipe
+        logits, taps = self.reader(x)
+        lengths = pfk.lengths(taps)
+        z = pfk.standardise(pfk.features(taps), lengths)
+        predicted = pfk.predicted(logits)
+        estimated = predicted
+        if recipe.estimator == "true":
+            estimated = torch.zeros_like(predicted)
+            estimated[:count] = torch.from_numpy(labels.copy()).to(self.device)
+        elif recipe.estimator == "neighbour":
+            estimated, _ = pfk.neighbour(z, *self.reference, Kernel("pcc", lengths, "length"))
+        if recipe.fisher:
+            g = pfk.standardise(pfk.fisher_scores(logits, taps, estimated), lengths)
+        else:
+            g = torch.zeros_like(z)
+        return tuple(t[:count].detach().cpu().numpy() for t in (z, g, predicted, estimated))
+
+
+def extract(run: Run, round: int) -> dict:
+    """Write round `round`'s validation.parquet and descriptors/. Shards that are there already are not done again."""
+    if run.config.strategy == "random":
+        return {"skipped": "the strategy needs no descriptors", "forward": 0, "backward": 0}
+    network = network_of(run, round - 1)
+    facts = {"forward": 0, "backward": 0, "rejected": 0, "startup_seconds": 0.0}
+    validation = _validation(run, round, network, facts)
+    reference = None
+    if run.config.label_estimator == "neighbour":
+        reference = ray.put(matrix(validation["features"])), ray.put(validation["label"].to_numpy())
+    labelled = run.labelled(round)["image_id"].combine_chunks()
+    columns = ("image_id", "image", "label") if run.config.label_estimator == "true" else ("image_id", "image")
+    decoder = Decoder(run.pool, run.image, columns, drop=ray.put(labelled), rejects=run.round(round).rejects("pool"))
+    recipe = recipe_for(run, run.config.label_estimator, reference)
+    _describe_split(run, "pool", decoder, network, recipe, run.round(round).descriptors, facts)
+    facts["rejected"] = sum(_rows(run.round(round).rejects(split)) for split in ("validation", "pool"))
+    return facts
+
+
+def _rows(folder: str) -> int:
+    return sum(store.read_table(store.join(folder, name)).num_rows for name in store.names(folder, ".parquet"))
+
+
+def recipe_for(run: Run, estimator: str, reference=None) -> Recipe:
+    config = run.config
+    needs_fisher = config.strategy != "pcc"
+    return Recipe(tuple(config.model.taps), estimator, needs_fisher, config.resources.batch_size, run.image, reference)
+
+
+def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> pa.Table:
+    """validation.parquet: descriptors of the whole validation set, its misses, and the centers among them."""
+    files = run.round(round)
+    if store.exists(files.validation):
+        return run.read(files.validation)
+    # Of a validation image the true label is known; weak supervision (`predicted`) assumes only right or wrong.
+    estimator = "predicted" if run.config.label_estimator == "predicted" else "true"
+    decoder = Decoder(run.pool, run.image, ("image_id", "image", "label"), rejects=files.rejects("validation"))
+    _describe_split(run, "validation", decoder, network, recipe_for(run, estimator), files.validation_parts, facts)
+    shards = run.pool.shards("validation")
+    table = pa.concat_tables(run.read(store.join(files.validation_parts, s.name)) for s in shards)
+    table = table.combine_chunks()
+    missed = table["predicted"].to_numpy() != table["label"].to_numpy()
+    if not missed.any():
+        progress.current().say("the model misses no validation image: all of them stand in as centers")
+    table = table.append_column("missed", pa.array(missed))
+    table = table.append_column("center", pa.array(choose_centers(run, round, table, missed)))
+    table = table.cast(descriptor_schema(table["features"].type.list_size, validation=True))
+    run.write(files.validation, table, DESCRIPTOR_COMPRESSION)
+    store.delete(files.validation_parts)
+    return table
+
+
+def choose_centers(run: Run, round: int, validation: pa.Table, missed: np.ndarray) -> np.ndarray:
+    """Mask (M,) of the centers: the misses (all, if there are none); greedy k-center where they exceed P (4.4)."""
+    wanted = np.flatnonzero(missed) if missed.any() else np.arange(len(missed))
+    rows = validation.take(pa.array(wanted))
+    misses = Descriptors(*(torch.from_numpy(matrix(rows[name])) for name in ("features", "fisher")))
+    chosen = pfk.greedy_k_center(run.kernel(), misses, run.config.budget, run.seed("k-center", round))
+    mask = np.zeros(len(missed), bool)
+    mask[wanted[chosen.numpy()]] = True
+    return mask
+
+
+def _describe_split(run, split: str, decoder: Decoder, network, recipe: Recipe, out: str, facts: dict) -> None:
+    """Describe the shards of a split that `out` has not got yet."""
+    there = set(store.names(out, ".parquet"))
+    todo = [shard for shard in run.pool.shards(split) if shard.name not in there]
+    actor = {"network": network, "recipe": recipe, "out": out, "run_id": run.id}
+    start, began = time.time(), []
+    with progress.current().bar(f"extract {split}", sum(s.rows for s in todo), "images") as advance:
+        for done in through_actors(todo, decoder, Describer, actor, run.config.resources):
+            rows = int(done["rows"].sum())
+            advance(rows)
+            began.extend(done["began"])
+            facts["forward"] += rows
+            facts["backward"] += rows if recipe.fisher else 0
+    facts["startup_seconds"] += round(float(min(began)) - start, 3) if began else 0.0
+    _complete_empty(run, split, out)
+
+
+def _complete_empty(run: Run, split: str, out: str) -> None:
+    """A shard of which no image is left (all labelled or rejected) gets an empty descriptor shard: it is done."""
+    for shard in run.pool.shards(split):
+        path = store.join(out, shard.name)
+        if not store.exists(path):
+            schema = descriptor_schema(sum(run.lengths))
+            run.write(path, schema.empty_table())

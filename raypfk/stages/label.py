@@ -1,0 +1,73 @@
+"""Label: the oracle. Simulated, from the pool's hidden labels, or a person's answers in a file."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from raypfk import store
+from raypfk.errors import UserError, WaitingForLabels
+from raypfk.run import Run
+from raypfk.schema import LABELS, SELECTION
+
+
+def label(run: Run, round: int) -> dict:
+    """Write round `round`'s labels.parquet: one label for each selected image.
+
+    Raises WaitingForLabels (after it wrote to_label.csv) where a person has not answered yet.
+    """
+    selected = run.read(run.round(round).selection, SELECTION)["image_id"].combine_chunks()
+    labels = _simulated(run, selected) if run.config.oracle == "simulated" else _answers(run, round, selected)
+    source = "simulated" if run.config.oracle == "simulated" else "file"
+    table = pa.table([selected, labels, pa.array([source] * len(selected), pa.string())], schema=LABELS)
+    before = run.labelled(round)["image_id"]
+    if again := table.filter(pc.is_in(table["image_id"], before.combine_chunks())).num_rows:
+        raise UserError(f"{run.round(round).selection}: {again} of its images were labelled in an earlier round")
+    run.write(run.round(round).labels, table)
+    return {"labelled": len(selected)}
+
+
+def _simulated(run: Run, selected: pa.Array) -> pa.Array:
+    known = run.pool.labels_of(selected.to_pylist())
+    return pa.array([known[image_id] for image_id in selected.to_pylist()], pa.int64())
+
+
+def _answers(run: Run, round: int, selected: pa.Array) -> pa.Array:
+    """labels.csv: image_id and label (a class name or index), every selected image once and no other."""
+    files = run.round(round)
+    names = [*map(str, run.pool.classes)]
+    if not store.exists(files.answers):
+        lines = ["image_id,label", *(f'"{i}",' for i in selected.to_pylist())]
+        store.write_bytes(files.to_label, ("\n".join(lines) + "\n").encode())
+        raise WaitingForLabels(
+            f"{len(selected)} images wait for a label: fill in {files.to_label} (classes: {', '.join(names[:20])}"
+            f"{', …' if len(names) > 20 else ''}), save it as {files.answers} and run the same command again"
+        )
+    answers = _read_csv(files.answers)
+    ids = answers["image_id"].to_pylist()
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{files.answers}: an image_id stands in it twice")
+    if strange := sorted(set(ids) - set(selected.to_pylist())):
+        raise UserError(f"{files.answers}: {strange[0]!r} was not selected in round {round} of {run.uri}")
+    given = dict(zip(ids, answers["label"].to_pylist(), strict=True))
+    return pa.array([_class(given.get(i), names, i, files.answers) for i in selected.to_pylist()], pa.int64())
+
+
+def _read_csv(uri: str) -> pa.Table:
+    as_text = pa.csv.ConvertOptions(
+        column_types={"image_id": pa.string(), "label": pa.string()}, include_columns=["image_id", "label"]
+    )
+    try:
+        return pa.csv.read_csv(io.BytesIO(store.read_bytes(uri)), convert_options=as_text)
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise UserError(f"{uri}: expected CSV with the columns image_id,label: {error}") from None
+
+
+def _class(answer: str | None, names: list[str], image_id: str, uri: str) -> int:
+    if answer in names:
+        return names.index(answer)
+    if answer and answer.isdigit() and int(answer) < len(names):
+        return int(answer)
+    came = "no label" if not answer else repr(answer)
+    raise UserError(f"{uri}: image {image_id!r}: expected a class name or an index below {len(names)}, found {came}")

@@ -1,0 +1,296 @@
+"""Train: Ray Train on all labels bought so far, from the last round's weights (Algorithm 1, line 11); and before the
+first round rotation pretraining (Gidaris et al. 2018), or random weights.
+
+Every draw of randomness is seeded by (run, round, epoch): an interrupted training goes on to the same weights.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+import torch.nn.functional as F
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+
+from raypfk import augment, models, progress, store
+from raypfk.config import TrainConfig
+from raypfk.errors import RunError
+from raypfk.run import ImageSpec, Run
+from raypfk.stages.stream import Decoder, decoded, normalise
+
+ROTATIONS = 4
+HOLD_BYTES = 2 * 1024**3
+"""Training images of up to so many bytes, decoded, are held in every worker's memory; more are streamed each epoch."""
+SHUFFLE_ROWS = 16384
+"""Rows of the local shuffle buffer when streaming."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training worker is told. seed: of the round. start: checkpoint bytes to begin from (by reference).
+
+    classes: outputs of the network; `rotate` learns the rotation instead of a label.
+    hold: the data set fits in memory. output, partial: where the weights, and those of an unfinished epoch, go.
+    """
+
+    config: TrainConfig
+    image: ImageSpec
+    model: str
+    classes: int
+    rotate: bool
+    seed: int
+    start: ray.ObjectRef
+    hold: bool
+    output: str
+    partial: str
+    meta: dict
+
+
+def pretrain(run: Run, round: int = 0) -> dict:
+    """Write rounds/000's checkpoint: all layers but the last from rotation pretraining, or random weights."""
+    config, image = run.config, run.image
+    net = models.build(config.model.name, image.channels, run.classes, image.size, run.seed("weights"))
+    if config.pretrain is None:
+        store.write_bytes(run.round(0).checkpoint, models.save(net, _meta(run, 0)))
+        return {"loss": None, "forward": 0, "backward": 0}
+    models.replace_last_layer(net, ROTATIONS, run.seed("rotation layer"))
+    images = decoded(run.pool.shards("pool"), Decoder(run.pool, image))
+    rows = run.pool.rows("pool")
+    job = _job(run, 0, config.pretrain, rows, models.save(net, _meta(run, 0)))
+    job = replace(job, classes=ROTATIONS, rotate=True)
+    facts = _fit(run, job, images)
+    state, _ = models.load(store.read_bytes(job.output), job.output)
+    net.load_state_dict(state)
+    models.replace_last_layer(net, run.classes, run.seed("last layer"))
+    store.write_bytes(job.output, models.save(net, _meta(run, 0)))
+    return facts | _passes(config.pretrain.epochs * rows * ROTATIONS)
+
+
+def train(run: Run, round: int) -> dict:
+    """Write round `round`'s checkpoint, trained on the labels of rounds 1..round from round-1's weights."""
+    labels = run.labelled(round + 1)
+    shards = run.pool.locate(labels["image_id"].to_pylist())
+    decoder = Decoder(run.pool, run.image, keep=ray.put(labels["image_id"].combine_chunks()))
+    # Read and decoded once: the labelled images lie scattered over the pool's shards.
+    images = decoded(shards, decoder).map_batches(_Labels(ray.put(labels)), batch_size=None).materialize()
+    if images.count() != labels.num_rows:
+        raise RunError(f"{run.pool.uri}: {labels.num_rows - images.count()} labelled images can no longer be read")
+    job = _job(run, round, run.config.train, labels.num_rows, store.read_bytes(run.round(round - 1).checkpoint))
+    return _fit(run, job, images) | _passes(run.config.train.epochs * labels.num_rows)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Joins the bought labels to decoded images."""
+
+    table: ray.ObjectRef
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        table: pa.Table = ray.get(self.table)
+        known = dict(zip(table["image_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+        return batch | {"label": np.array([known[i] for i in batch["image_id"]], np.int64)}
+
+
+def _job(run: Run, round: int, config: TrainConfig, rows: int, start: bytes) -> Job:
+    image, files = run.image, run.round(round)
+    return Job(
+        config, image, run.config.model.name, run.classes, False, run.seed("train", round), ray.put(start),
+        rows * image.channels * image.size**2 <= HOLD_BYTES, files.checkpoint, files.training, _meta(run, round),
+    )  # fmt: skip
+
+
+def _meta(run: Run, round: int) -> dict:
+    return {
+        "run": run.id,
+        "round": round,
+        "name": run.config.model.name,
+        "classes": run.classes,
+        "channels": run.image.channels,
+        "size": run.image.size,
+    }
+
+
+def _passes(images: int) -> dict:
+    return {"forward": images, "backward": images}
+
+
+def _fit(run: Run, job: Job, images: ray.data.Dataset) -> dict:
+    config = job.config
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=_per_worker(config),
+        ),
+        run_config=RunConfig(
+            # Ray Train goes on silently with an earlier run of the same name: one name a round.
+            name=f"{run.id[:12]}-round-{job.meta['round']:03d}",
+            storage_path=config.storage or store.join(run.uri, "ray_train"),
+            failure_config=FailureConfig(max_failures=3),
+        ),
+        datasets={"train": images},
+        # Workers that hold the data see all of it and share each batch; streaming ones get equal splits.
+        dataset_config=ray.train.DataConfig(datasets_to_split=[] if job.hold else "all"),
+    )
+    loss = trainer.fit().return_value
+    store.delete(job.partial)
+    return {"loss": loss, "epochs": config.epochs}
+
+
+def _per_worker(config: TrainConfig) -> dict[str, float]:
+    return {"CPU": config.threads} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
+
+
+def train_worker(settings: dict) -> float:
+    """One Ray Train worker: epochs of SGD over its share of the data; rank 0 keeps the weights.
+
+    Returns the mean loss of the last epoch.
+    """
+    job: Job = settings["job"]
+    with _threads(job.config.threads):  # without workers this is the driver's own process
+        return _train(job)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(job: Job) -> float:
+    config, context = job.config, ray.train.get_context()
+    net, kept = _start(job)
+    done, loss = kept["epochs"], kept["loss"]
+    device = get_device() if config.gpus_per_worker else torch.device("cpu")
+    model = prepare_model(net.to(device)) if context.get_world_size() > 1 or config.gpus_per_worker else net
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    if done:
+        optimizer.load_state_dict(kept["optimizer"])
+    data = _held(job) if job.hold else _streamed(job)
+    with progress.current().bar("pretrain" if job.rotate else "train", config.epochs, "epochs") as advance:
+        advance(done)
+        for epoch in range(done, config.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, epoch)
+            loss = _epoch(job, model, optimizer, data(epoch), epoch, device)
+            if context.get_world_rank() == 0:
+                _keep(job, net, optimizer, epoch + 1, loss)
+            ray.train.report({"epoch": epoch + 1, "loss": loss})
+            advance(1)
+    return loss
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """The rate of an epoch counted from 0: decayed every `decay_every` epochs, or at each of the `milestones`."""
+    steps = epoch // config.decay_every if config.decay_every else sum(epoch >= m for m in config.milestones or [])
+    return config.lr * config.decay**steps
+
+
+def rotations(image_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(4N, C, H, W) in 0, 90, 180, 270 degrees, and which it is (4N,) int64 (Gidaris et al. 2018, section 2)."""
+    turned = torch.cat([torch.rot90(image_NCHW, k, (2, 3)) for k in range(ROTATIONS)])
+    return turned, torch.arange(ROTATIONS, device=image_NCHW.device).repeat_interleave(len(image_NCHW))
+
+
+def _epoch(job: Job, model, optimizer, batches: Iterator, epoch: int, device: torch.device) -> float:
+    """One pass over the worker's data; the mean loss."""
+    model.train()
+    generator = torch.Generator().manual_seed(job.seed + epoch)
+    total, count = torch.zeros((), device=device), 0
+    for image, label in batches:
+        image = augment.AUGMENTATIONS[job.config.augment](image, generator).to(device)
+        if job.rotate:
+            image, label = rotations(image)
+        label = label.to(device)
+        loss = F.cross_entropy(model(normalise(image, job.image)), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach() * len(label)
+        count += len(label)
+    return float(total / max(1, count))
+
+
+def _held(job: Job):
+    """All the data in memory, in the order of image_id whatever order it came in; epoch -> its batches."""
+    parts = list(ray.train.get_dataset_shard("train").iter_batches(batch_size=None))
+    ids = np.concatenate([p["image_id"] for p in parts])
+    order = np.argsort(ids)
+    image = torch.from_numpy(np.concatenate([p["image"] for p in parts])[order])
+    none = np.zeros(len(ids), np.int64)
+    label = torch.from_numpy(none if job.rotate else np.concatenate([p["label"] for p in parts])[order])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+
+    def epoch_batches(epoch: int):
+        shuffled = torch.randperm(len(image), generator=torch.Generator().manual_seed(job.seed + epoch))
+        for rows in _batches_of(shuffled, job.config.batch_size):
+            # Every worker has a like share of every batch, or gradient averaging would wait for ever.
+            missing = -len(rows) % world
+            rows = torch.cat([rows, shuffled[:1].expand(missing)])[rank::world]
+            yield image[rows], label[rows]
+
+    return epoch_batches
+
+
+def _batches_of(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Split into batches; a last row left alone joins the batch before (batch normalisation needs two)."""
+    parts = list(rows.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def _streamed(job: Job):
+    """Batches straight from Ray Data, shuffled through a seeded buffer; epoch -> its batches."""
+    shard, world = ray.train.get_dataset_shard("train"), ray.train.get_context().get_world_size()
+
+    def epoch_batches(epoch: int):
+        for batch in shard.iter_batches(
+            batch_size=max(1, job.config.batch_size // world),
+            local_shuffle_buffer_size=SHUFFLE_ROWS,
+            local_shuffle_seed=(job.seed + epoch) % 2**32,
+        ):
+            image = torch.from_numpy(np.ascontiguousarray(batch["image"]))
+            yield image, torch.from_numpy(batch["label"]) if "label" in batch else torch.zeros(len(image))
+
+    return epoch_batches
+
+
+def _start(job: Job) -> tuple[torch.nn.Module, dict]:
+    """The network to train and what is kept of an interrupted training of this very round, if there was one."""
+    net = models.build(job.model, job.image.channels, job.classes, job.image.size, seed=0)
+    if store.exists(job.partial):
+        kept = torch.load(io.BytesIO(store.read_bytes(job.partial)), weights_only=True, map_location="cpu")
+        if kept["meta"] == job.meta:
+            net.load_state_dict(kept["net"])
+            return net, kept
+    state, _ = models.load(ray.get(job.start), job.output)
+    net.load_state_dict(state)
+    return net, {"epochs": 0, "loss": None}
+
+
+def _keep(job: Job, net, optimizer, epochs: int, loss: float) -> None:
+    """Weights after the last epoch to `output`; now and then all that is needed to go on to `partial`."""
+    last = epochs == job.config.epochs
+    if last:
+        store.write_bytes(job.output, models.save(net, job.meta))
+    if last or epochs % job.config.checkpoint_every == 0:
+        kept = {"meta": job.meta, "epochs": epochs, "loss": loss, "net": net.state_dict()}
+        buffer = io.BytesIO()
+        torch.save(kept | {"optimizer": optimizer.state_dict()}, buffer)
+        store.write_bytes(job.partial, buffer.getvalue())

@@ -1,0 +1,60 @@
+"""What a run directory says of itself."""
+
+from rich.console import Console
+from rich.table import Table
+
+from raypfk import store
+from raypfk.loop import STAGES
+from raypfk.run import Run
+
+
+def read(run_dir: str) -> dict:
+    """{run, strategy, label_estimator, seed, budget, rounds, finished, done: [{round, stages, labelled, ...}]}."""
+    run = Run.open(run_dir)
+    config, done = run.config, []
+    for number in range(config.rounds + 1):
+        stages = [name for name in STAGES if run.done(number, name)]
+        if not stages:
+            break
+        metrics = store.read_json(run.round(number).metrics) if "evaluate" in stages else {}
+        markers = {name: run.done(number, name) for name in stages}
+        done.append(
+            {
+                "round": number,
+                "stages": stages,
+                "labelled": metrics.get("labelled"),
+                "test_accuracy": metrics.get("test_accuracy"),
+                "seconds": {name: marker["seconds"] for name, marker in markers.items()},
+            }
+        )
+    return {
+        "run": run.uri,
+        "strategy": config.strategy,
+        "label_estimator": config.label_estimator,
+        "seed": config.seed,
+        "budget": config.budget,
+        "rounds": config.rounds,
+        "finished": len(done) == config.rounds + 1 and done[-1]["test_accuracy"] is not None,
+        "done": done,
+    }
+
+
+def show(state: dict) -> None:
+    console = Console(highlight=False)
+    state_of = "finished" if state["finished"] else "not finished"
+    console.print(
+        f"{state['run']}: {state['strategy']}, S={state['label_estimator']}, seed {state['seed']}, "
+        f"{state['budget']} images a round, {state['rounds']} rounds, {state_of}",
+        soft_wrap=True,
+    )
+    table = Table("round", "labelled", "test accuracy", "seconds", "stages done", box=None, pad_edge=False)
+    for row in state["done"]:
+        accuracy = row["test_accuracy"]
+        table.add_row(
+            str(row["round"]),
+            "" if row["labelled"] is None else f"{row['labelled']:,}",
+            "" if accuracy is None else f"{100 * accuracy:.2f} %",
+            f"{sum(row['seconds'].values()):.1f}",
+            "initial weights" if row["round"] == 0 else " ".join(row["stages"]),
+        )
+    console.print(table)

@@ -1,0 +1,229 @@
+"""The whole chain on real images: what always holds (design.md)."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from raypfk import loop, status, store
+from raypfk.errors import UserError, WaitingForLabels
+from raypfk.run import Run
+from raypfk.schema import CANDIDATES, LABELS, SELECTION, descriptors, matrix
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, ray_session) -> Run:
+    """Two rounds of pfk, done once for all tests of this file that only look."""
+    return loop.run(tiny.config(rounds=2), str(tmp_path_factory.mktemp("runs") / "finished"))
+
+
+def test_every_file_of_the_contract_is_there(finished):
+    """A finished round holds each file that the layout promises, with its schema."""
+    length = sum(finished.lengths)
+    for number in (1, 2):
+        files = finished.round(number)
+        for shard in finished.pool.shards("pool"):
+            table = finished.read(store.join(files.descriptors, shard.name), descriptors(length))
+            assert table.column_names == ["image_id", "features", "fisher", "predicted", "estimated_label"]
+        finished.read(files.validation, descriptors(length, validation=True))
+        for path, schema in ((files.candidates, CANDIDATES), (files.selection, SELECTION), (files.labels, LABELS)):
+            assert finished.read(path, schema).num_rows
+        metrics = store.read_json(files.metrics)
+        assert metrics["labelled"] == 12 * number and 0 <= metrics["test_accuracy"] <= 1
+        assert np.array(metrics["confusion"]).sum() == finished.pool.rows("test")
+        assert len(metrics["per_class_accuracy"]) == 10 and metrics["forward"] > 0 < metrics["backward"]
+        assert set(metrics["seconds"]) == set(loop.STAGES)
+
+
+def test_every_pool_image_is_described_once_unless_labelled(finished):
+    """Descriptor shards of a round hold each pool image exactly once, but those labelled in earlier rounds."""
+    pool = [
+        i
+        for s in finished.pool.shards("pool")
+        for i in finished.pool.read_shard(s, ["image_id"])["image_id"].to_pylist()
+    ]
+    for number in (1, 2):
+        folder = finished.round(number).descriptors
+        found = [
+            i for n in store.names(folder) for i in store.read_table(store.join(folder, n))["image_id"].to_pylist()
+        ]
+        labelled = set(finished.labelled(number)["image_id"].to_pylist())
+        assert sorted(found) == sorted(set(pool) - labelled) and len(found) == len(set(found))
+
+
+def test_no_image_is_labelled_twice_and_exactly_the_budget_is_selected(finished):
+    """P images a round, all different over the rounds, labels within the selection and equal to the hidden ones."""
+    labels = finished.labelled(3)
+    assert labels.num_rows == 24 == pc.count_distinct(labels["image_id"]).as_py()
+    hidden = finished.pool.labels_of(labels["image_id"].to_pylist())
+    assert [hidden[i] for i in labels["image_id"].to_pylist()] == labels["label"].to_pylist()
+    for number in (1, 2):
+        selection = finished.read(finished.round(number).selection, SELECTION)
+        assert selection["position"].to_pylist() == list(range(12))
+        assert set(selection["image_id"].to_pylist()) == set(
+            finished.read(finished.round(number).labels)["image_id"].to_pylist()
+        )
+
+
+def test_centers_are_misses_and_every_choice_names_its_center(finished):
+    """Centers are at most P of the misses; a selected image's center, rank and score stand in the candidates."""
+    files = finished.round(1)
+    validation = finished.read(files.validation)
+    center, missed = validation["center"].to_numpy(), validation["missed"].to_numpy()
+    assert 0 < center.sum() <= 12 and not (center & ~missed).any()
+    assert (missed == (validation["predicted"].to_numpy() != validation["label"].to_numpy())).all()
+    ids = set(validation.filter(validation["center"])["image_id"].to_pylist())
+    rows = {tuple(r.values()) for r in finished.read(files.candidates).to_pylist()}
+    for choice in finished.read(files.selection).to_pylist():
+        assert choice["center_id"] in ids
+        assert (choice["center_id"], choice["rank"], choice["image_id"], choice["score"]) in rows
+
+
+def test_descriptors_are_unit_length_per_scale(finished):
+    """Every scale of every stored vector has length 1 or, where it had no spread, 0; a dot product is a correlation."""
+    table = finished.read(finished.round(2).validation)
+    for name in ("features", "fisher"):
+        for part in np.split(matrix(table[name]), np.cumsum(finished.lengths)[:-1], axis=1):
+            norms = np.linalg.norm(part, axis=1)
+            assert ((np.abs(norms - 1) < 1e-5) | (norms == 0)).all()
+            assert np.abs(part.sum(1)).max() < 1e-4
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    """The same command on a finished run writes nothing but run.json."""
+    before = _times(finished.uri)
+    loop.run(finished.config, finished.uri)
+    assert _times(finished.uri) == before
+
+
+def test_status_tells_what_is_done(finished):
+    """status.read gives one entry a round, finished, and goes into JSON."""
+    state = json.loads(json.dumps(status.read(finished.uri)))
+    assert state["finished"] and [r["labelled"] for r in state["done"]] == [None, 12, 24]
+
+
+def test_more_rounds_go_on_and_another_config_is_refused(finished):
+    """`rounds` may grow; any other field that differs is named and refused."""
+    with pytest.raises(UserError, match=r"train\.epochs: 4 there, 5 now"):
+        loop.run(tiny.config(rounds=2, train__epochs=5), finished.uri)
+    with pytest.raises(UserError, match=r"rounds: 2 there, 1 now"):
+        loop.run(tiny.config(rounds=1), finished.uri)
+
+
+def test_a_stage_asks_for_the_one_before(finished):
+    """A stage whose predecessor is not done names the command that does it."""
+    with pytest.raises(UserError, match=r"raypfk extract .* --round 3"):
+        loop.do_stage(finished, 3, "score")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__shard_rows": 5000},
+        {"data__shard_rows": 61, "resources": {"batch_size": 64, "extract_actors": 3, "score_actors": 3}},
+        {"resources": {"batch_size": 64, "extract_actors": 1, "score_actors": 1}},
+    ],
+    ids=["1 shard", "7 shards, 3 actors", "1 actor"],
+)
+def test_the_selection_does_not_depend_on_shards_or_actors(finished, tmp_path, changes):
+    """1, 4 and 9 shards, 1, 2 and 3 actors: the same images in the same order."""
+    selection = finished.read(finished.round(1).selection)["image_id"].to_pylist()
+    assert tiny.select(tmp_path / "run", **changes) == selection
+
+
+def test_same_seed_same_weights(finished, tmp_path):
+    """Another run of the same config ends with the same confusion matrix and selection, round by round."""
+    again = loop.run(tiny.config(rounds=2), str(tmp_path / "again"))
+    for number in (1, 2):
+        here, there = (store.read_json(r.round(number).metrics)["confusion"] for r in (again, finished))
+        assert here == there
+        here, there = (r.read(r.round(number).selection)["image_id"] for r in (again, finished))
+        assert here == there
+
+
+@pytest.mark.parametrize(
+    ("strategy", "estimator"), [("pcc", "predicted"), ("pfk-sum", "true"), ("random", "neighbour")]
+)
+def test_every_strategy_and_estimator_selects_the_budget(tmp_path, strategy, estimator):
+    """Each strategy and label estimator goes through the same stages; `true` estimates are the hidden labels."""
+    out = str(tmp_path / "run")
+    chosen = tiny.select(out, strategy=strategy, label_estimator=estimator)
+    assert len(set(chosen)) == 12
+    run = Run.open(out)
+    selection = run.read(run.round(1).selection)
+    if strategy == "random":
+        assert selection["center_id"].null_count == 12
+    elif estimator == "true":
+        hidden = run.pool.labels_of(chosen)
+        assert selection["estimated_label"].to_pylist() == [hidden[i] for i in chosen]
+
+
+def test_candidates_that_run_out_grow(tmp_path):
+    """With one center and K far below P the scan repeats with a larger K until P are chosen."""
+    settings = tiny.config(top_k=1, budget=60)
+    run = tiny.begin(settings, tmp_path / "run")
+    loop.do_stage(run, 1, "extract")
+    table = run.read(run.round(1).validation)
+    only = np.zeros(table.num_rows, bool)
+    only[np.flatnonzero(table["center"].to_numpy())[0]] = True
+    index = table.column_names.index("center")
+    run.write(run.round(1).validation, table.set_column(index, table.schema.field("center"), pa.array(only)), "none")
+    loop.do_stage(run, 1, "score")
+    candidates = run.read(run.round(1).candidates)
+    run.write(run.round(1).candidates, candidates.slice(0, 3))  # as if K had been 3
+    run.mark(1, "score", {**run.done(1, "score"), "k": 3})
+    loop.do_stage(run, 1, "acquire")
+    assert run.done(1, "acquire")["selected"] == 60 and run.done(1, "acquire")["rescans"] > 0
+
+
+def test_an_exhausted_pool_ends_the_run(tmp_path):
+    """The last round takes what is left, fewer than P, and no round follows."""
+    settings = tiny.config(budget=500, rounds=4, train__epochs=1, strategy="random")
+    run = loop.run(settings, str(tmp_path / "run"))
+    bought = [run.done(n, "acquire")["selected"] for n in (1, 2)]
+    assert sum(bought) == run.pool.rows("pool") and bought[1] < 500
+    assert not run.done(3, "extract")
+
+
+def test_a_persons_labels(tmp_path):
+    """oracle: file waits with a list to fill in, refuses answers for other images, takes names or indices."""
+    settings = tiny.config(oracle="file", strategy="random")
+    out = str(tmp_path / "run")
+    with pytest.raises(WaitingForLabels, match="to_label.csv"):
+        loop.run(settings, out)
+    run = Run.open(out)
+    files, chosen = run.round(1), run.read(run.round(1).selection)["image_id"].to_pylist()
+    assert store.read_bytes(files.to_label).decode().count("\n") == 13
+    store.write_bytes(files.answers, b"image_id,label\nnobody,3\n")
+    with pytest.raises(UserError, match="'nobody' was not selected in round 1"):
+        loop.run(settings, out)
+    store.write_bytes(files.answers, ("image_id,label\n" + "".join(f"{i},3\n" for i in chosen[:-1])).encode())
+    with pytest.raises(UserError, match=f"{chosen[-1]}.*found no label"):
+        loop.run(settings, out)
+    store.write_bytes(files.answers, ("image_id,label\n" + "".join(f"{i},3\n" for i in chosen)).encode())
+    loop.run(settings, out)
+    assert run.read(files.labels)["label"].to_pylist() == [3] * 12
+
+
+def test_files_of_another_run_are_refused(finished, tmp_path):
+    """A selection, labels or checkpoint copied from another run is refused, naming both runs."""
+    other = tiny.begin(tiny.config(), tmp_path / "other")
+    store.write_bytes(other.round(0).checkpoint, store.read_bytes(finished.round(0).checkpoint))
+    with pytest.raises(UserError, match=f"{finished.id}.*{other.id}"):
+        loop.do_stage(other, 1, "extract")
+    store.write_bytes(other.round(1).selection, store.read_bytes(finished.round(1).selection))
+    for stage in ("extract", "score", "acquire"):
+        other.mark(1, stage, {"seconds": 0})
+    with pytest.raises(UserError, match=f"{finished.id}.*{other.id}"):
+        loop.do_stage(other, 1, "label")
+
+
+def _times(folder: str) -> dict[str, int]:
+    from pathlib import Path
+
+    return {str(p): p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file() and p.name != "run.json"}
