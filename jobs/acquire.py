@@ -1,0 +1,12 @@
+"""One stage of one round: `ray job submit --working-dir . -- python jobs/acquire.py RUN --round 1`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Python puts jobs/ first on the path, where label.py or evaluate.py would hide packages of these names; raypfk
+    # lies one folder up.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from raypfk.cli import acquire, run_command
+
+    run_command(acquire)

@@ -1,0 +1,150 @@
+"""Times the active-learning phase (extract + score + acquire) of one round on Ray against the same arithmetic in one
+plain process without Ray, on the same pool, and checks that both select the same images.
+
+    python jobs/bench_round.py --root ../shared/data/mnist
+
+figure: seconds on Ray without its start-up. peer: seconds of the plain process. floor: seconds of the plain process in
+the networks and kernels alone (no reading, decoding or writing).
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python jobs/… puts jobs/ there, not the repository
+
+from raypfk import config as configs
+from raypfk import loop, pfk, session, store
+from raypfk.run import Run
+from raypfk.schema import RoundDir, matrix
+from raypfk.stages import extract, score
+from raypfk.stages.acquire import pick
+from raypfk.stages.stream import Decoder, network_of
+
+STAGES = ("extract", "score", "acquire")
+
+
+@click.command()
+@click.option("--config", default="configs/mnist.yaml", show_default=True)
+@click.option("--root", help="data.root of the configuration.")
+@click.option("--set", "assignments", multiple=True, help="Any field of the configuration.")
+@click.option("--repeat", default=3, show_default=True, help="Rounds timed; the fastest counts.")
+def main(config, root, assignments, repeat):
+    sets = (*assignments, *([f"data.root={root}"] if root else []))
+    scratch = tempfile.mkdtemp(prefix="raypfk-bench-")
+    settings = configs.load(config, {"rounds": 1}, sets).model_copy(update={"pretrain": None})
+    try:
+        with session.ray_session():
+            run = _begin(settings, scratch)
+            rows = {s: run.pool.rows(s) for s in ("pool", "validation")}
+            ray = min((_on_ray(run) for _ in range(repeat)), key=lambda t: t["work"])
+            chosen = run.read(run.round(1).selection)["image_id"].to_pylist()
+            network = network_of(run, 0)
+            network = type(network)(**(vars(network) | {"checkpoint": store.read_bytes(network.origin)}))
+        plain = min((_plain(run, network, scratch) for _ in range(repeat)), key=lambda t: t["seconds"])
+        if plain.pop("selection") != chosen:
+            sys.exit("the plain process selected other images: the figures compare nothing")
+    finally:
+        shutil.rmtree(scratch)
+    print(f"{rows['pool']:,} pool and {rows['validation']:,} validation images, {torch.get_num_threads()} cores")
+    print("on Ray:  " + ", ".join(f"{k} {v:.2f} s" for k, v in ray.items()))
+    print("plain:   " + ", ".join(f"{k} {v:.2f} s" for k, v in plain.items()))
+    result = {
+        "name": "al-phase",
+        "figure": round(ray["work"], 3),
+        "unit": "s",
+        "peer": round(plain["seconds"], 3),
+        "floor": round(plain["arithmetic"], 3),
+        "vs_peer": round(ray["work"] / plain["seconds"], 3),
+        "of_floor": round(plain["arithmetic"] / ray["work"], 3),
+        "startup": round(ray["startup"], 3),
+    }
+    print(json.dumps(result))
+
+
+def _begin(settings, scratch: str) -> Run:
+    out = store.join(scratch, "run")
+    from raypfk.run import open_pool
+
+    run = Run.create_or_open(settings, out, open_pool(settings, out))
+    loop.do_round(run, 0)
+    return run
+
+
+def _on_ray(run: Run) -> dict[str, float]:
+    shutil.rmtree(run.round(1).root, ignore_errors=True)
+    start = time.perf_counter()
+    for stage in STAGES:
+        loop.do_stage(run, 1, stage)
+    total = time.perf_counter() - start
+    facts = {stage: run.done(1, stage) for stage in STAGES}
+    startup = sum(f.get("startup_seconds", 0.0) for f in facts.values())
+    return {"work": total - startup, "startup": startup, **{s: facts[s]["seconds"] for s in STAGES}}
+
+
+def _plain(run: Run, network, scratch: str) -> dict:
+    """The round's arithmetic in this process: the stages' own pieces, called one after the other."""
+    files, timer = RoundDir(store.join(scratch, "plain"), 1), _Arithmetic()
+    shutil.rmtree(files.root, ignore_errors=True)
+    start = time.perf_counter()
+    _describe(run, network, "validation", "true", None, files.validation_parts, timer)
+    parts = [store.read_table(store.join(files.validation_parts, s.name)) for s in run.pool.shards("validation")]
+    validation = pa.concat_tables(parts).combine_chunks()
+    missed = validation["predicted"].to_numpy() != validation["label"].to_numpy()
+    with timer:
+        mask = extract.choose_centers(run, 1, validation, missed)
+    reference = matrix(validation["features"]), validation["label"].to_numpy()
+    _describe(run, network, "pool", "neighbour", reference, files.descriptors, timer)
+    centers = validation.filter(pa.array(mask))
+    paths = [store.join(files.descriptors, s.name) for s in run.pool.shards("pool")]
+    scorer = score.Scorer(
+        run, run.kernel(), *(matrix(centers[c]) for c in ("features", "fisher")), torch.get_num_threads()
+    )
+    top = pfk.TopK(centers.num_rows, run.config.top_k)
+    for chunk in enumerate(paths):
+        with timer:
+            scores, keys, _ = scorer.score([chunk], run.config.top_k)
+        top.merge(pfk.TopK.of(torch.tensor(scores), torch.tensor(keys)))
+    selection = pick(score.candidates_table(top, centers, paths), run.config.budget)["image_id"].to_pylist()
+    return {"seconds": time.perf_counter() - start, "arithmetic": timer.seconds, "selection": selection}
+
+
+def _describe(run: Run, network, split: str, estimator: str, reference, out: str, timer) -> None:
+    columns = ("image_id", "image", "label") if estimator == "true" else ("image_id", "image")
+    decoder = Decoder(run.pool, run.image, columns)
+    describer = extract.Describer(network, extract.recipe_for(run, estimator, reference), out, run.id)
+    describer._describe = timer.around(describer._describe)
+    for shard in run.pool.shards(split):
+        describer(decoder({"item": np.array([shard], object)}))
+
+
+class _Arithmetic:
+    """Sums the seconds spent inside."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self.start
+
+    def around(self, function):
+        def timed(*args):
+            with self:
+                return function(*args)
+
+        return timed
+
+
+if __name__ == "__main__":
+    main()
