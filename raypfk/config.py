@@ -96,6 +96,8 @@ class ModelConfig(Section):
     """lenet, resnet10, resnet18, or any classification network of torchvision."""
     taps: Annotated[list[str], Field(min_length=1)]
     """Layers whose output is read, in the order of the descriptor's scales; dotted names as in named_modules()."""
+    batch_size: Positive = 256
+    """Images per forward pass of extraction and evaluation. Part of the run: a batch's shape decides its rounding."""
 
 
 class TrainConfig(Section):
@@ -137,8 +139,6 @@ class ResourcesConfig(Section):
     """null: one per GPU, or one per CPU core where there is no GPU."""
     extract_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; null: 1 where the cluster has any, else 0."""
-    batch_size: Positive = 256
-    """Images per forward pass."""
     score_actors: Positive | None = None
     """null: one per CPU core."""
     score_threads: Positive = 1

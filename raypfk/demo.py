@@ -20,7 +20,7 @@ def demo(out: str) -> None:
     out = store.absolute(out)
     path = str(importlib.resources.files("raypfk.configs") / "digits.yaml")
     config = configs.load(path)
-    pool = pools.build(config.data, store.join(out, "pool"), config.seed, progress.current().say)
+    pool = pools.build(config.data, store.join(out, "pool"), config.seed)
     data = config.data.model_copy(update={"pool": pool.uri, "source": None})
     states = {}
     for strategy in STRATEGIES:

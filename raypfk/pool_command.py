@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from raypfk import progress, store
+from raypfk import store
 from raypfk.config import DataConfig
 from raypfk.errors import UserError
 from raypfk.stages import pool as pools
@@ -34,10 +34,7 @@ def data_config(source: str, validation, test, imbalance, rare, shard_rows: int)
 
 
 def build(data: DataConfig, dest: str, seed: int) -> None:
-    voice = progress.current()
-    pool = pools.build(data, store.absolute(dest), seed, voice.say)
-    counts = ", ".join(f"{split} {pool.rows(split):,}" for split in ("pool", "validation", "test"))
-    voice.say(f"{pool.uri}: {counts} images, {pool.manifest['rejects']:,} rejected, {pool.num_classes} classes")
+    pools.build(data, store.absolute(dest), seed)
 
 
 def _share_or_folder(name: str, value: str | None) -> dict:

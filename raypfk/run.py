@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 import raypfk
 from raypfk import config as configs
-from raypfk import models, progress, store
+from raypfk import models, store
 from raypfk.config import Config
 from raypfk.errors import UserError
 from raypfk.pfk import Kernel
@@ -144,7 +144,7 @@ def open_pool(config: Config, uri: str) -> Pool:
     """The pool that the config names, or the run's own, built from `data.source` once."""
     if config.data.pool:
         return Pool.open(config.data.pool)
-    return pools.build(config.data, store.join(store.absolute(uri), "pool"), config.seed, progress.current().say)
+    return pools.build(config.data, store.join(store.absolute(uri), "pool"), config.seed)
 
 
 def _write(uri: str, run_id: str, config: Config, pool: Pool) -> None:

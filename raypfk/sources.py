@@ -254,7 +254,7 @@ class _Tree:
 
     def _walk(self) -> None:
         """Add everything below a remote root, in one listing."""
-        fs, base = store._resolve(self.root)
+        fs, base = store.resolve(self.root)
         try:
             infos = fs.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
         except OSError as error:

@@ -40,7 +40,8 @@ def _filesystem(root: str) -> pafs.FileSystem:
         raise UserError(f"{root}: not a place that can be read or written: {error}") from None
 
 
-def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path in it. UserError for a scheme that nothing answers to."""
     if not is_remote(uri):
         return _filesystem("file:///"), os.path.abspath(uri)
     scheme, rest = uri.split("://", 1)
@@ -48,19 +49,19 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def exists(uri: str) -> bool:
-    fs, path = _resolve(uri)
+    fs, path = resolve(uri)
     return fs.get_file_info(path).type != pafs.FileType.NotFound
 
 
 def names(uri: str, suffix: str = "") -> list[str]:
     """Names of the files directly under `uri`, sorted; an absent folder has none."""
-    fs, path = _resolve(uri)
+    fs, path = resolve(uri)
     infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
 
 
 def read_bytes(uri: str) -> bytes:
-    fs, path = _resolve(uri)
+    fs, path = resolve(uri)
     try:
         with fs.open_input_file(path) as stream:
             return stream.read()
@@ -70,7 +71,7 @@ def read_bytes(uri: str) -> bytes:
 
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     """Write `data` so that `uri` holds all of it or what it held before."""
-    fs, path = _resolve(uri)
+    fs, path = resolve(uri)
     if is_remote(uri):
         with fs.open_output_stream(path) as stream:
             stream.write(data)
@@ -92,7 +93,7 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
 
 def delete(uri: str) -> None:
     """Remove a file or a folder with all it holds; nothing there is fine."""
-    fs, path = _resolve(uri)
+    fs, path = resolve(uri)
     kind = fs.get_file_info(path).type
     if kind == pafs.FileType.Directory:
         fs.delete_dir(path)
@@ -117,10 +118,13 @@ def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | N
     Raises UserError that names the file: absent, not Parquet, truncated, a missing column, another type.
     """
     wanted = columns if columns is not None else (schema.names if schema else None)
-    data = read_bytes(uri)
+    fs, path = resolve(uri)
     try:
-        # Not pq.read_table: it takes "key=value" in a path for a column.
-        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=wanted)
+        # Not pq.read_table: it takes "key=value" in a path for a column. Only the wanted columns' bytes are read.
+        with fs.open_input_file(path) as stream:
+            table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=wanted)
+    except FileNotFoundError:
+        raise UserError(f"{uri}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{uri}: expected a whole Parquet file: {error}") from None
     missing = [name for name in wanted or [] if name not in table.column_names]
@@ -136,7 +140,7 @@ def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | N
 
 def encode_table(table: pa.Table, compression: str = "zstd") -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=compression)
+    pq.write_table(table, sink, compression=compression, write_page_checksum=True)
     return sink.getvalue()
 
 

@@ -370,7 +370,7 @@ def test_a_section_that_comes_or_goes_is_a_difference(minimal):
 
 def test_rounds_may_grow_and_resources_are_free(minimal):
     """They are how long and how fast, not what is selected."""
-    new = minimal("rounds=11", "resources.extract_actors=7", "resources.score_threads=2", "resources.batch_size=1")
+    new = minimal("rounds=11", "resources.extract_actors=7", "resources.score_threads=2")
     assert config.differences(minimal(), new) == []
 
 

@@ -125,8 +125,8 @@ def test_a_stage_asks_for_the_one_before(finished):
     "changes",
     [
         {"data__shard_rows": 5000},
-        {"data__shard_rows": 61, "resources": {"batch_size": 64, "extract_actors": 3, "score_actors": 3}},
-        {"resources": {"batch_size": 64, "extract_actors": 1, "score_actors": 1}},
+        {"data__shard_rows": 61, "resources": {"extract_actors": 3, "score_actors": 3}},
+        {"resources": {"extract_actors": 1, "score_actors": 1}},
     ],
     ids=["1 shard", "7 shards, 3 actors", "1 actor"],
 )

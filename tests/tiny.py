@@ -14,13 +14,13 @@ TREE = {
         "shard_rows": 128,
     },
     "image": {"size": 16, "resize": 16},
-    "model": {"name": "lenet", "taps": ["conv1", "conv2", "fc1"]},
+    "model": {"name": "lenet", "taps": ["conv1", "conv2", "fc1"], "batch_size": 64},
     "train": {"epochs": 4, "batch_size": 8, "lr": 0.05, "momentum": 0.5, "checkpoint_every": 1},
     "budget": 12,
     "rounds": 1,
     "top_k": 4,
     "seed": 1,
-    "resources": {"batch_size": 64, "extract_actors": 2, "score_actors": 2},
+    "resources": {"extract_actors": 2, "score_actors": 2},
 }
 
 

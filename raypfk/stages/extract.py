@@ -117,7 +117,7 @@ def _rows(folder: str) -> int:
 def recipe_for(run: Run, estimator: str, reference=None) -> Recipe:
     config = run.config
     needs_fisher = config.strategy != "pcc"
-    return Recipe(tuple(config.model.taps), estimator, needs_fisher, config.resources.batch_size, run.image, reference)
+    return Recipe(tuple(config.model.taps), estimator, needs_fisher, config.model.batch_size, run.image, reference)
 
 
 def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> pa.Table:

@@ -38,8 +38,10 @@ def _answers(run: Run, round: int, selected: pa.Array) -> pa.Array:
     files = run.round(round)
     names = [*map(str, run.pool.classes)]
     if not store.exists(files.answers):
-        lines = ["image_id,label", *(f'"{i}",' for i in selected.to_pylist())]
-        store.write_bytes(files.to_label, ("\n".join(lines) + "\n").encode())
+        sink = pa.BufferOutputStream()
+        empty = pa.table({"image_id": selected, "label": pa.nulls(len(selected), pa.string())})
+        pa.csv.write_csv(empty, sink)
+        store.write_bytes(files.to_label, sink.getvalue())
         raise WaitingForLabels(
             f"{len(selected)} images wait for a label: fill in {files.to_label} (classes: {', '.join(names[:20])}"
             f"{', …' if len(names) > 20 else ''}), save it as {files.answers} and run the same command again"

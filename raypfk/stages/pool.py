@@ -7,8 +7,9 @@ shards of a split; POOL/rejects.parquet; POOL/manifest.json last: where it is, t
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from raypfk import images, session, sources, store
+from raypfk import images, progress, session, sources, store
 from raypfk.config import DataConfig
 from raypfk.errors import RunError, UserError
 from raypfk.schema import IMAGES, REJECTS, SPLITS
@@ -89,7 +90,7 @@ class Pool:
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
         """The columns (all, if None) of one shard. UserError if the file is absent, damaged or another one."""
-        table = _read_columns(shard.uri, columns or IMAGES.names)
+        table = store.read_table(shard.uri, columns, IMAGES)
         if table.num_rows != shard.rows:
             raise UserError(f"{shard.uri}: {table.num_rows} images, but the manifest says {shard.rows}")
         return table
@@ -126,23 +127,17 @@ class Pool:
         return {shards[i]: found[i] for i in sorted(found)}
 
 
-def build(
-    data: DataConfig,
-    dest: str,
-    seed: int,
-    say: Callable[[str], None] = lambda message: None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Pool:
+def build(data: DataConfig, dest: str, seed: int) -> Pool:
     """The pool of `data` at `dest`: built now on the running Ray, or as it was finished before.
 
-    seed: draws what is held out and what is made rare. progress(done, total) counts images, over all splits.
+    seed: draws what is held out and what is made rare.
     Half a build is built again; a pool of another source, seed or configuration, or any other folder, is refused.
     """
     dest = store.absolute(dest)
     if _is_finished(data, dest, seed):
         return Pool.open(dest)
     begun = _refuse_strangers(data, dest)
-    source = sources.of(data)
+    source, say = sources.of(data), progress.current().say
     say(f"listing {data.source} {data.root or ''}".rstrip())
     listing = source.list()
     splits, imbalance = sources.split(listing, data, seed)
@@ -155,7 +150,7 @@ def build(
         for name in (*SPLITS, REJECTED):
             store.delete(store.join(dest, name))
     store.write_json(store.join(dest, BUILDING), {"building": "raypfk pool"})
-    written = _write_shards(list(_plans(splits, source, data, dest)), sum(map(len, splits.values())), progress)
+    written = _write_shards(list(_plans(splits, source, data, dest)), sum(map(len, splits.values())))
     rejects = sorted(listing.rejects + [reject for part in written for reject in part.rejects])
     _refuse_all_rejected(splits, written)
     columns = list(zip(*rejects, strict=True)) or [(), ()]
@@ -269,22 +264,6 @@ def _publish(uri: str, table: pa.Table) -> dict[str, Any]:
     }
 
 
-def _read_columns(uri: str, columns: list[str]) -> pa.Table:
-    """Only these columns' bytes: a shard's labels are thousands of times smaller than its images."""
-    fs, path = store._resolve(uri)
-    try:
-        with fs.open_input_file(path) as stream:
-            table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=columns)
-    except FileNotFoundError:
-        raise UserError(f"{uri}: this shard of the pool is missing") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{uri}: expected a whole Parquet file: {error}") from None
-    for name in columns:
-        if name not in table.column_names or table.schema.field(name).type != IMAGES.field(name).type:
-            raise UserError(f"{uri}: expected a column {name!r} of {IMAGES.field(name).type}")
-    return table.select(columns)
-
-
 # ------------------------------------------------------------------------------------------------------- all shards
 
 
@@ -296,24 +275,30 @@ def _plans(splits: dict[str, Entries], source: Folder | Arrays, data: DataConfig
             yield _Plan(split, store.join(dest, split, f"{number:05d}.parquet"), source, part, data.max_pixels)
 
 
-def _write_shards(plans: list[_Plan], total: int, progress: Callable[[int, int], None] | None) -> list[_Written]:
-    """Run the tasks, as many at once as there are CPUs; results in the order of the plans."""
+def _write_shards(plans: list[_Plan], total: int) -> list[_Written]:
+    """Run the tasks; results in the order of the plans."""
     task = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])(_write_shard)
     written: list[_Written | None] = [None] * len(plans)
     running: dict[ray.ObjectRef, int] = {}
-    waiting, done = iter(range(len(plans))), 0
-    try:
+    waiting = iter(range(len(plans)))
+    with progress.current().bar("pool", total, "images") as advance, _cancelled(running):
         while True:
-            while len(running) < session.cpus() and (i := next(waiting, None)) is not None:
+            # More than can run at once: a cluster grows only where tasks wait.
+            while len(running) < 2 * session.cpus() + 2 and (i := next(waiting, None)) is not None:
                 running[task.remote(plans[i])] = i
             if not running:
                 return written
             ready, _ = ray.wait(list(running))
             i = running.pop(ready[0])
             written[i] = _result(ready[0], plans[i])
-            done += len(plans[i].entries)
-            if progress:
-                progress(done, total)
+            advance(len(plans[i].entries))
+
+
+@contextmanager
+def _cancelled(running: dict[ray.ObjectRef, int]) -> Iterator[None]:
+    """At the end, however it comes, nothing runs on."""
+    try:
+        yield
     finally:
         for ref in running:
             ray.cancel(ref)
@@ -401,7 +386,7 @@ def _refuse_strangers(data: DataConfig, dest: str) -> bool:
         root = getattr(data, name)
         if data.source == "folder" and root and (dest + "/").startswith(store.absolute(root) + "/"):
             raise UserError(f"{dest}: a pool cannot be built inside its own source, data.{name}: {root}")
-    fs, path = store._resolve(dest)
+    fs, path = store.resolve(dest)
     try:
         found = [info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))]
     except OSError as error:

@@ -150,10 +150,12 @@ def through_actors(
         return
     gpus = resources.extract_gpus if resources.extract_gpus is not None else min(1, session.gpus())
     wanted = resources.extract_actors or (int(session.gpus() / gpus) if gpus else session.cpus())
+    count = max(1, min(wanted, len(shards)))
     dataset = decoded(shards, decoder).map_batches(
         actor,
         batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=min(wanted, len(shards))),
+        # One actor is enough to begin: a cluster may have fewer places than were asked for, or grow.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
         fn_constructor_kwargs=kwargs,
         num_gpus=gpus or None,
     )

@@ -265,8 +265,8 @@ def _streamed(job: Job):
             local_shuffle_buffer_size=SHUFFLE_ROWS,
             local_shuffle_seed=(job.seed + epoch) % 2**32,
         ):
-            image = torch.from_numpy(np.ascontiguousarray(batch["image"]))
-            yield image, torch.from_numpy(batch["label"]) if "label" in batch else torch.zeros(len(image))
+            image = torch.from_numpy(batch["image"].copy())
+            yield image, torch.from_numpy(batch["label"].copy()) if "label" in batch else torch.zeros(len(image))
 
     return epoch_batches
 
