@@ -28,18 +28,17 @@ def ray_session(verbose: bool = False, cpus: int | None = None) -> Iterator[None
             "(for `ray job submit` set RAY_API_SERVER_ADDRESS instead)"
         )
     _quiet(verbose)
-    level = logging.INFO if verbose else logging.ERROR
+    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address:
-        ray.init(address=address, log_to_driver=verbose, logging_level=level)
+        options["address"] = address
     else:
         # A local Ray talks to nobody else: without this it writes a token file that later clusters would ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "warning" if verbose else "fatal")
         # More logical CPUs than cores on a small machine, or training workers would starve the tasks that feed them.
-        logical = cpus or max(4, os.cpu_count() or 1)
-        with _without_stderr(not verbose):
-            ray.init(num_cpus=logical, include_dashboard=False, log_to_driver=verbose, logging_level=level)
+        options |= {"num_cpus": cpus or max(4, os.cpu_count() or 1), "include_dashboard": False}
+    with _without_stderr(not verbose):
+        ray.init(**options)
     try:
         yield
     finally:
@@ -66,6 +65,7 @@ def _quiet(verbose: bool) -> None:
     from ray.data import DataContext
 
     if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_TQDM", "0")
         DataContext.get_current().enable_progress_bars = False
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
