@@ -155,10 +155,12 @@ def _stop(message: str, code: int) -> None:
 
 
 def _chain(error: BaseException | None):
-    """The error, and what it was raised from; Ray wraps what a task raised in `cause`."""
+    """The error, and what it was raised from: Ray wraps what a task raised, and Ray Train what its workers raised."""
     while error is not None:
         yield error
-        error = getattr(error, "cause", None) or error.__cause__
+        inside = list(getattr(error, "worker_failures", {}).values())
+        inside += [getattr(error, name, None) for name in ("_base_exc", "controller_failure", "cause", "__cause__")]
+        error = next((e for e in inside if e is not None), None)
 
 
 def _find(error: BaseException, kind: type) -> BaseException | None:

@@ -66,6 +66,10 @@ class DataConfig(Section):
     def _one_origin(self):
         if (self.pool is None) == (self.source is None):
             raise ValueError("give either `pool` (an existing pool) or `source` (what to build one from)")
+        if self.pool:
+            made = self.model_dump(include={"root", "validation_root", "test_root", "validation", "test", "imbalance"})
+            if given := [name for name, value in made.items() if value is not None]:
+                raise ValueError(f"`{given[0]}` says how to build a pool: beside `pool` it has no meaning")
         if self.source in ("folder", "mnist", "svhn", "cifar10") and self.root is None:
             raise ValueError(f"source {self.source!r} needs `root`, the folder it lies in (--set data.root=...)")
         if self.source != "folder" and (self.validation_root or self.test_root):
@@ -263,4 +267,8 @@ def _absolute_paths(config: Config) -> Config:
         for name in ("pool", "root", "validation_root", "test_root")
         if (value := getattr(config.data, name)) is not None
     }
-    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+    sections = {"data": config.data.model_copy(update=data)}
+    for name in ("train", "pretrain"):
+        if (section := getattr(config, name)) and section.storage:
+            sections[name] = section.model_copy(update={"storage": store.absolute(section.storage)})
+    return config.model_copy(update=sections)

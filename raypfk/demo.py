@@ -8,6 +8,7 @@ from rich.table import Table
 
 from raypfk import config as configs
 from raypfk import loop, progress, status, store
+from raypfk.config import DataConfig
 from raypfk.report.curves import plot_curves
 from raypfk.stages import pool as pools
 
@@ -21,7 +22,7 @@ def demo(out: str) -> None:
     path = str(importlib.resources.files("raypfk.configs") / "digits.yaml")
     config = configs.load(path)
     pool = pools.build(config.data, store.join(out, "pool"), config.seed)
-    data = config.data.model_copy(update={"pool": pool.uri, "source": None})
+    data = DataConfig(pool=pool.uri)
     states = {}
     for strategy in STRATEGIES:
         progress.current().say(f"{strategy}:")

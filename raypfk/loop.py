@@ -1,5 +1,6 @@
 """The whole chain. A round is its stages, in order; a stage that left its marker is not done again."""
 
+import os
 import time
 from collections.abc import Callable
 
@@ -26,6 +27,8 @@ STAGES: dict[str, Callable[[Run, int], dict]] = {
 
 def run(config: Config, out: str) -> Run:
     """Do a whole run, or what is left of it. Raises UserError if `out` holds another run."""
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not (store.is_remote(out) or os.path.isabs(out)):
+        raise UserError(f"--out {out}: a submitted job runs in a copy of the folder: give an absolute path or a URI")
     out = store.absolute(out)
     if store.exists(store.join(out, "run.json")):
         Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
@@ -60,6 +63,8 @@ def do_stage(run: Run, number: int, stage: str) -> bool:
         markers = {name: run.done(number, name) or facts for name in STAGES}
         write_metrics(run, number, markers)
     run.mark(number, stage, facts)
+    if stage == "train":  # what an interrupted training goes on from: only now of no use
+        store.delete(run.round(number).training)
     progress.current().say(_line(number, stage, facts))
     return True
 

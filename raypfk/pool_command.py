@@ -45,7 +45,7 @@ def _share_or_folder(name: str, value: str | None) -> dict:
             return {name: number(value)}
         except ValueError:
             pass
-    if not Path(value).is_dir():
+    if not store.is_remote(value) and not Path(value).expanduser().is_dir():
         raise UserError(f"--{name} {value}: expected a number of images, a share below 1 or a folder")
     return {f"{name}_root": store.absolute(value)}
 

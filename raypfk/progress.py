@@ -34,7 +34,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         if self.console.is_terminal:
-            self.console.print(text)
+            self.console.print(text, markup=False)
         else:
             print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 

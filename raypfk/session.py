@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import ray
 
+from raypfk import progress
 from raypfk.errors import UserError
 
 
@@ -36,7 +37,8 @@ def ray_session(verbose: bool = False, cpus: int | None = None) -> Iterator[None
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # More logical CPUs than cores on a small machine, or training workers would starve the tasks that feed them.
-        options |= {"num_cpus": cpus or max(4, os.cpu_count() or 1), "include_dashboard": False}
+        # "local": otherwise it would meet a cluster that somebody runs on this machine.
+        options |= {"address": "local", "num_cpus": cpus or max(4, cores()), "include_dashboard": False}
     with _without_stderr(not verbose):
         ray.init(**options)
     try:
@@ -68,8 +70,29 @@ def _quiet(verbose: bool) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_TQDM", "0")
         DataContext.get_current().enable_progress_bars = False
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("ray", "ray.data", "ray.train"):  # what they log of an error, the command says in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def cores() -> int:
+    """CPU cores that this process may use; a container's limit counts."""
+    import joblib
+
+    return joblib.cpu_count()
+
+
+def require(what: str, **wanted: float) -> None:
+    """Says so where the cluster has too little of a resource now; UserError on a local Ray, which will not grow.
+
+    wanted: CPU=..., GPU=... in all.
+    """
+    there = ray.cluster_resources()
+    for name, amount in wanted.items():
+        if amount > there.get(name, 0):
+            message = f"{what}: asks for {amount:g} {name}, there are {there.get(name, 0):g}"
+            if not os.environ.get("RAY_ADDRESS"):
+                raise UserError(f"{message}; see `resources` and `train` of the configuration")
+            progress.current().say(f"{message}: waiting for the cluster to grow")
 
 
 def gpus() -> int:
@@ -81,4 +104,4 @@ def cpus() -> int:
     """CPUs of the cluster; of a local Ray the cores that are there, not the logical ones."""
     logical = int(ray.cluster_resources().get("CPU", 1))
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    return max(1, min(logical, os.cpu_count() or 1) if len(nodes) == 1 else logical)
+    return max(1, min(logical, cores()) if len(nodes) == 1 else logical)

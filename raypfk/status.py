@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raypfk import store
-from raypfk.loop import STAGES
+from raypfk.loop import STAGES, images_left
 from raypfk.run import Run
 
 
@@ -34,9 +34,15 @@ def read(run_dir: str) -> dict:
         "seed": config.seed,
         "budget": config.budget,
         "rounds": config.rounds,
-        "finished": len(done) == config.rounds + 1 and done[-1]["test_accuracy"] is not None,
+        "finished": _finished(run, done),
         "done": done,
     }
+
+
+def _finished(run: Run, done: list[dict]) -> bool:
+    if not done or done[-1]["test_accuracy"] is None:
+        return False
+    return len(done) == run.config.rounds + 1 or not images_left(run, len(done))
 
 
 def show(state: dict) -> None:
@@ -46,6 +52,7 @@ def show(state: dict) -> None:
         f"{state['run']}: {state['strategy']}, S={state['label_estimator']}, seed {state['seed']}, "
         f"{state['budget']} images a round, {state['rounds']} rounds, {state_of}",
         soft_wrap=True,
+        markup=False,
     )
     table = Table("round", "labelled", "test accuracy", "seconds", "stages done", box=None, pad_edge=False)
     for row in state["done"]:
@@ -55,6 +62,12 @@ def show(state: dict) -> None:
             "" if row["labelled"] is None else f"{row['labelled']:,}",
             "" if accuracy is None else f"{100 * accuracy:.2f} %",
             f"{sum(row['seconds'].values()):.1f}",
-            "initial weights" if row["round"] == 0 else " ".join(row["stages"]),
+            _stages(row),
         )
     console.print(table)
+
+
+def _stages(row: dict) -> str:
+    if row["round"] == 0:
+        return "initial weights"
+    return "all" if len(row["stages"]) == len(STAGES) else " ".join(row["stages"])

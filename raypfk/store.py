@@ -19,12 +19,12 @@ from raypfk.errors import UserError
 
 
 def is_remote(uri: str) -> bool:
-    return "://" in uri
+    return "://" in uri and not uri.startswith("file://")
 
 
 def absolute(uri: str) -> str:
     """A path that means the same in every process of a cluster; a URI as it is."""
-    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 
 def join(uri: str, *parts: str) -> str:
@@ -43,7 +43,7 @@ def _filesystem(root: str) -> pafs.FileSystem:
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a path or URI, and the path in it. UserError for a scheme that nothing answers to."""
     if not is_remote(uri):
-        return _filesystem("file:///"), os.path.abspath(uri)
+        return _filesystem("file:///"), absolute(uri)
     scheme, rest = uri.split("://", 1)
     return _filesystem(f"{scheme}://{rest.split('/', 1)[0]}"), rest
 
@@ -58,6 +58,11 @@ def names(uri: str, suffix: str = "") -> list[str]:
     fs, path = resolve(uri)
     infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
+
+
+def paths(uri: str, suffix: str = "") -> list[str]:
+    """Like `names`, as whole paths."""
+    return [join(uri, name) for name in names(uri, suffix)]
 
 
 def read_bytes(uri: str) -> bytes:

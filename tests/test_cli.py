@@ -156,15 +156,25 @@ def test_a_failure_exits_with_1_and_names_its_cause(call, monkeypatch, tmp_path)
     assert code == 1 and "RuntimeError: the disk is on fire" in err
 
 
-def test_a_dashboards_address_is_refused(call, monkeypatch, yaml_file, tmp_path):
+def test_a_dashboards_address_is_refused(yaml_file, tmp_path):
     """RAY_ADDRESS=http://... breaks ray.init: say what to set instead."""
-    import ray
+    command = [sys.executable, "-m", "raypfk.cli", "run", str(yaml_file), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"RAY_ADDRESS": "http://127.0.0.1:8265"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "RAY_API_SERVER_ADDRESS" in done.stderr and "Traceback" not in done.stderr
 
-    if ray.is_initialized():
-        pytest.skip("a session that is already connected does not look at RAY_ADDRESS")
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    code, _, err = call("run", yaml_file, "--out", tmp_path / "run")
-    assert code == 2 and "RAY_API_SERVER_ADDRESS" in err
+
+def test_a_relative_place_in_a_job_is_refused(call, ray_session, monkeypatch, yaml_file):
+    """A submitted job runs in a copy of the folder that is deleted: --out must not lie in it."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, _, err = call("run", yaml_file, "--out", "runs/x")
+    assert code == 2 and "give an absolute path or a URI" in err
+
+
+def test_what_a_laptop_lacks_is_said(call, ray_session, yaml_file, tmp_path):
+    """More CPUs or GPUs than a local Ray has: an error, not a wait for ever."""
+    code, _, err = call("run", yaml_file, "--out", tmp_path / "run", "--set", "resources.extract_gpus=1")
+    assert code == 2 and "asks for 1 GPU, there are 0" in err
 
 
 def test_importing_the_program_is_cheap():

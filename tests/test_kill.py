@@ -52,8 +52,9 @@ def test_killed_in_training(configuration, undisturbed, tmp_path):
     out = str(tmp_path / "run")
     kept = Path(out) / "rounds/001/checkpoint/training.pt"
     _kill_when(_start(configuration, out), kept.exists)
-    assert not (Path(out) / "rounds/001/done/train.json").exists(), "killed too late to prove anything"
+    assert not (Path(out) / "rounds/001/checkpoint/model.pt").exists(), "killed too late to prove anything"
     assert _start(configuration, out).wait(PATIENCE_S) == 0
+    assert not kept.exists()
     _assert_same(Run.open(out), undisturbed)
 
 

@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from raypfk import loop, status, store
-from raypfk.errors import UserError, WaitingForLabels
+from raypfk import loop, models, status, store
+from raypfk.errors import RunError, UserError, WaitingForLabels
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, LABELS, SELECTION, descriptors, matrix
+from raypfk.stages import extract
+from raypfk.stages.acquire import pick
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -107,12 +109,22 @@ def test_status_tells_what_is_done(finished):
     assert state["finished"] and [r["labelled"] for r in state["done"]] == [None, 12, 24]
 
 
-def test_more_rounds_go_on_and_another_config_is_refused(finished):
-    """`rounds` may grow; any other field that differs is named and refused."""
+def test_another_config_is_refused(finished):
+    """Any field that differs is named and refused; `rounds` may grow, not shrink."""
     with pytest.raises(UserError, match=r"train\.epochs: 4 there, 5 now"):
         loop.run(tiny.config(rounds=2, train__epochs=5), finished.uri)
     with pytest.raises(UserError, match=r"rounds: 2 there, 1 now"):
         loop.run(tiny.config(rounds=1), finished.uri)
+
+
+def test_more_rounds_go_on(tmp_path):
+    """The same command with more rounds does the new ones only."""
+    settings = {"strategy": "random", "train__epochs": 1}
+    run = loop.run(tiny.config(**settings), str(tmp_path / "run"))
+    before = _times(run.round(1).root)
+    loop.run(tiny.config(**settings, rounds=2), run.uri)
+    assert _times(run.round(1).root) == before
+    assert run.done(2, "evaluate") and status.read(run.uri)["finished"]
 
 
 def test_a_stage_asks_for_the_one_before(finished):
@@ -125,15 +137,67 @@ def test_a_stage_asks_for_the_one_before(finished):
     "changes",
     [
         {"data__shard_rows": 5000},
-        {"data__shard_rows": 61, "resources": {"extract_actors": 3, "score_actors": 3}},
+        {"data__shard_rows": 300, "resources": {"extract_actors": 3, "score_actors": 3}},
         {"resources": {"extract_actors": 1, "score_actors": 1}},
     ],
-    ids=["1 shard", "7 shards, 3 actors", "1 actor"],
+    ids=["1 shard", "3 shards, 3 actors", "7 shards, 1 actor"],
 )
 def test_the_selection_does_not_depend_on_shards_or_actors(finished, tmp_path, changes):
-    """1, 4 and 9 shards, 1, 2 and 3 actors: the same images in the same order."""
+    """1, 3 and 7 shards, 1, 2 and 3 actors: the same images in the same order."""
     selection = finished.read(finished.round(1).selection)["image_id"].to_pylist()
     assert tiny.select(tmp_path / "run", **changes) == selection
+
+
+def test_the_selection_does_not_depend_on_the_order_of_the_pool(finished, tmp_path):
+    """Descriptors shuffled over all shards and within them: the same candidates' scores and the same images."""
+    run = tiny.begin(tiny.config(), tmp_path / "run")
+    loop.do_stage(run, 1, "extract")
+    paths = store.paths(run.round(1).descriptors)
+    everything = pa.concat_tables(run.read(path) for path in paths)
+    order = np.random.default_rng(0).permutation(everything.num_rows)
+    for path, rows in zip(paths, np.array_split(order, len(paths)), strict=True):
+        run.write(path, everything.take(pa.array(rows)))
+    loop.do_stage(run, 1, "score")
+    picked = pick(run.read(run.round(1).candidates), 12)
+    selection = finished.read(finished.round(1).selection)
+    for column in ("image_id", "center_id", "rank", "score"):
+        assert picked[column].to_pylist() == selection[column].to_pylist()
+
+
+def test_a_descriptor_shard_that_nobody_sees_stops_the_run(tmp_path):
+    """Workers that write where the driver does not look: an error that names the shard, not an empty shard."""
+    run = tiny.begin(tiny.config(), tmp_path / "run")
+    loop.do_stage(run, 1, "extract")
+    lost = store.names(run.round(1).descriptors)[2]
+    store.delete(store.join(run.round(1).descriptors, lost))
+    with pytest.raises(RunError, match=f"{lost}: absent, though 128 images were described"):
+        extract._complete_empty(run, 1, [])
+
+
+def test_a_shard_whose_images_are_all_labelled_is_done(tmp_path):
+    """Nothing left to describe in a shard: an empty descriptor shard, and a selection from the others."""
+    run = tiny.begin(tiny.config(data__shard_rows=32, budget=40), tmp_path / "run")
+    for stage in ("extract", "score", "acquire", "label"):
+        loop.do_stage(run, 1, stage)
+    labels = run.read(run.round(1).labels, LABELS)
+    first = run.pool.read_shard(run.pool.shards("pool")[0], ["image_id", "label"])
+    swapped = pa.table([first["image_id"], first["label"], pa.array(["simulated"] * 32)], schema=LABELS)
+    others = labels.filter(pc.invert(pc.is_in(labels["image_id"], first["image_id"].combine_chunks()))).slice(0, 8)
+    run.write(run.round(1).labels, pa.concat_tables([swapped, others.replace_schema_metadata()]))
+    store.write_bytes(run.round(1).checkpoint, _as_round_1(run))
+    for stage in ("train", "evaluate"):
+        run.mark(1, stage, {"seconds": 0})
+    for stage in ("extract", "score", "acquire"):
+        loop.do_stage(run, 2, stage)
+    assert run.read(store.join(run.round(2).descriptors, "00000.parquet")).num_rows == 0
+    assert run.done(2, "acquire")["selected"] == 40
+
+
+def _as_round_1(run: Run) -> bytes:
+    state, meta = models.load(store.read_bytes(run.round(0).checkpoint), "checkpoint")
+    net = models.build(meta["name"], meta["channels"], meta["classes"], meta["size"], seed=0)
+    net.load_state_dict(state)
+    return models.save(net, meta | {"round": 1})
 
 
 def test_same_seed_same_weights(finished, tmp_path):

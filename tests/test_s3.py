@@ -39,12 +39,16 @@ def test_a_run_in_a_bucket(bucket, tmp_path):
     """`--out s3://…`: pool, descriptors, checkpoint and metrics are objects; the same command goes on from them."""
     configuration = tmp_path / "run.yaml"
     configuration.write_text(yaml.safe_dump(tiny.config().model_dump()))
+    listings = []
     for _ in range(2):
         _raypfk("run", str(configuration), "--out", "s3://bucket/runs/one")
         listing = {o["Key"]: o["LastModified"] for o in bucket.list_objects_v2(Bucket="bucket")["Contents"]}
-        files = {key.removeprefix("runs/one/") for key in listing}
-        assert {"run.json", "pool/manifest.json", "rounds/001/metrics.json", "rounds/001/checkpoint/model.pt"} <= files
-        assert "rounds/001/descriptors/00000.parquet" in files and "rounds/001/checkpoint/training.pt" not in files
+        listing.pop("runs/one/run.json")
+        listings.append(listing)
+    assert listings[0] == listings[1]
+    files = {key.removeprefix("runs/one/") for key in listings[0]}
+    assert {"pool/manifest.json", "rounds/001/metrics.json", "rounds/001/checkpoint/model.pt"} <= files
+    assert "rounds/001/descriptors/00000.parquet" in files and "rounds/001/checkpoint/training.pt" not in files
     assert "finished" in _raypfk("status", "s3://bucket/runs/one")
 
 

@@ -7,6 +7,7 @@ import torch
 
 from raypfk import augment, loop, models, store
 from raypfk.config import TrainConfig
+from raypfk.errors import RunError, UserError
 from raypfk.stages import train
 from tests import tiny
 
@@ -37,7 +38,7 @@ def test_rotations_are_quarter_turns():
 @pytest.mark.parametrize(("rows", "sizes"), [(0, []), (1, [1]), (25, [25]), (26, [26]), (27, [25, 2]), (51, [25, 26])])
 def test_no_batch_of_one(rows, sizes):
     """Every row once; a single last row joins the batch before it."""
-    batches = train._batches_of(torch.arange(rows), 25)
+    batches = train._batches_of(torch.arange(rows), 25, 2)
     assert [len(b) for b in batches if len(b)] == sizes
     assert torch.cat([torch.empty(0, dtype=torch.int64), *batches]).tolist() == list(range(rows))
 
@@ -76,6 +77,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(ray_session, tmp_pat
     run = _selected(tmp_path)
     train.train(run, 1)
     undisturbed = _weights(run)
+    store.delete(run.round(1).training)
     keep = train._keep
 
     def break_off(job, net, optimizer, epochs, loss):
@@ -89,9 +91,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(ray_session, tmp_pat
     monkeypatch.setattr(train, "_keep", keep)
     kept = torch.load(io.BytesIO(store.read_bytes(run.round(1).training)), weights_only=True)
     assert kept["epochs"] == 2
+    epochs, epoch = [], train._epoch
+    monkeypatch.setattr(train, "_epoch", lambda *args: epochs.append(args[4]) or epoch(*args))
     train.train(run, 1)
+    assert epochs == [2, 3]
     assert all(torch.equal(value, undisturbed[name]) for name, value in _weights(run).items())
-    assert not store.exists(run.round(1).training)
 
 
 def test_streamed_training_sees_every_image(ray_session, tmp_path, monkeypatch):
@@ -111,10 +115,30 @@ def test_streamed_training_sees_every_image(ray_session, tmp_path, monkeypatch):
 
 
 def test_two_workers_train(ray_session, tmp_path):
-    """Two Ray Train processes (gloo) share each batch: a checkpoint of this round, and a loss that falls."""
-    run = _selected(tmp_path, budget=60, train__epochs=15, train__workers=2)
-    facts = train.train(run, 1)
-    assert facts["loss"] < 2.0 and _weights(run)
+    """Two Ray Train processes (gloo), half of each batch each, end with the weights of one that has all of it."""
+    changes = {"budget": 16, "train__epochs": 2}
+    two = _selected(tmp_path / "two", train__workers=2, **changes)
+    train.train(two, 1)
+    one = _selected(tmp_path / "one", **changes)
+    train.train(one, 1)
+    start, end = _weights(two, 0), _weights(two)
+    assert not any(torch.equal(value, start[name]) for name, value in end.items())
+    assert all(torch.allclose(value, end[name], atol=1e-5) for name, value in _weights(one).items())
+
+
+def test_a_diverged_training_is_an_error(ray_session, tmp_path):
+    """A loss that is not finite stops the run and says so."""
+    run = _selected(tmp_path, train__lr=1e30)
+    with pytest.raises(RunError, match="training diverged in epoch"):
+        train.train(run, 1)
+
+
+def test_another_runs_weights_are_no_start(ray_session, tmp_path):
+    """A checkpoint of another run in the place of the last round's is refused, naming both."""
+    run, other = _selected(tmp_path / "one"), _selected(tmp_path / "other")
+    store.write_bytes(run.round(0).checkpoint, store.read_bytes(other.round(0).checkpoint))
+    with pytest.raises(UserError, match=f"{other.id}.*{run.id}"):
+        train.train(run, 1)
 
 
 def test_rotation_pretraining_keeps_all_layers_but_the_last(ray_session, tmp_path):

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from raypfk import pfk, progress, store
+from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TapReader
 from raypfk.run import ImageSpec, Run, stamp
 from raypfk.schema import descriptors as descriptor_schema
@@ -96,22 +97,20 @@ def extract(run: Run, round: int) -> dict:
     if run.config.strategy == "random":
         return {"skipped": "the strategy needs no descriptors", "forward": 0, "backward": 0}
     network = network_of(run, round - 1)
-    facts = {"forward": 0, "backward": 0, "rejected": 0, "startup_seconds": 0.0}
+    facts = {"forward": 0, "backward": 0, "startup_seconds": 0.0}
     validation = _validation(run, round, network, facts)
     reference = None
     if run.config.label_estimator == "neighbour":
         reference = ray.put(matrix(validation["features"])), ray.put(validation["label"].to_numpy())
-    labelled = run.labelled(round)["image_id"].combine_chunks()
+    labelled, rejects = run.labelled(round)["image_id"], run.round(round).rejects("pool")
     columns = ("image_id", "image", "label") if run.config.label_estimator == "true" else ("image_id", "image")
-    decoder = Decoder(run.pool, run.image, columns, drop=ray.put(labelled), rejects=run.round(round).rejects("pool"))
+    decoder = Decoder(run.pool, run.image, columns, drop=ray.put(labelled.combine_chunks()), rejects=rejects)
     recipe = recipe_for(run, run.config.label_estimator, reference)
     _describe_split(run, "pool", decoder, network, recipe, run.round(round).descriptors, facts)
-    facts["rejected"] = sum(_rows(run.round(round).rejects(split)) for split in ("validation", "pool"))
-    return facts
-
-
-def _rows(folder: str) -> int:
-    return sum(store.read_table(store.join(folder, name)).num_rows for name in store.names(folder, ".parquet"))
+    rejected = _complete_empty(run, round, labelled.to_pylist())
+    facts["forward"] = validation.num_rows + run.pool.rows("pool") - len(labelled) - rejected
+    facts["backward"] = facts["forward"] if recipe.fisher else 0
+    return facts | {"rejected": rejected}
 
 
 def recipe_for(run: Run, estimator: str, reference=None) -> Recipe:
@@ -129,8 +128,10 @@ def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> pa.T
     estimator = "predicted" if run.config.label_estimator == "predicted" else "true"
     decoder = Decoder(run.pool, run.image, ("image_id", "image", "label"), rejects=files.rejects("validation"))
     _describe_split(run, "validation", decoder, network, recipe_for(run, estimator), files.validation_parts, facts)
-    shards = run.pool.shards("validation")
-    table = pa.concat_tables(run.read(store.join(files.validation_parts, s.name)) for s in shards)
+    table = pa.concat_tables(run.read(path) for path in store.paths(files.validation_parts, ".parquet"))
+    rejected = sum(store.read_table(p).num_rows for p in store.paths(files.rejects("validation"), ".parquet"))
+    if table.num_rows + rejected != run.pool.rows("validation"):
+        raise RunError(f"{files.validation_parts}: {table.num_rows} of {run.pool.rows('validation')} images are there")
     table = table.combine_chunks()
     missed = table["predicted"].to_numpy() != table["label"].to_numpy()
     if not missed.any():
@@ -162,19 +163,26 @@ def _describe_split(run, split: str, decoder: Decoder, network, recipe: Recipe, 
     start, began = time.time(), []
     with progress.current().bar(f"extract {split}", sum(s.rows for s in todo), "images") as advance:
         for done in through_actors(todo, decoder, Describer, actor, run.config.resources):
-            rows = int(done["rows"].sum())
-            advance(rows)
+            advance(int(done["rows"].sum()))
             began.extend(done["began"])
-            facts["forward"] += rows
-            facts["backward"] += rows if recipe.fisher else 0
     facts["startup_seconds"] += round(float(min(began)) - start, 3) if began else 0.0
-    _complete_empty(run, split, out)
 
 
-def _complete_empty(run: Run, split: str, out: str) -> None:
-    """A shard of which no image is left (all labelled or rejected) gets an empty descriptor shard: it is done."""
-    for shard in run.pool.shards(split):
-        path = store.join(out, shard.name)
-        if not store.exists(path):
-            schema = descriptor_schema(sum(run.lengths))
-            run.write(path, schema.empty_table())
+def _complete_empty(run: Run, round: int, labelled: list[str]) -> int:
+    """The rejects of the pool, counted. A shard without any image left gets an empty descriptor shard: it is done.
+
+    RunError for a shard that is not there though it has images: a worker wrote it where the driver does not see it.
+    """
+    files = run.round(round)
+    there, folder = set(store.names(files.descriptors, ".parquet")), files.rejects("pool")
+    rejects = {n: store.read_table(store.join(folder, n)).num_rows for n in store.names(folder, ".parquet")}
+    known = run.pool.by_shard(labelled)
+    for shard in run.pool.shards("pool"):
+        if shard.name in there:
+            continue
+        left = shard.rows - len(known.get(shard, [])) - rejects.get(shard.name, 0)
+        path = store.join(files.descriptors, shard.name)
+        if left:
+            raise RunError(f"{path}: absent, though {left} images were described; do all nodes share this place?")
+        run.write(path, descriptor_schema(sum(run.lengths)).empty_table(), DESCRIPTOR_COMPRESSION)
+    return sum(rejects.values())

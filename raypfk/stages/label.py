@@ -41,7 +41,8 @@ def _answers(run: Run, round: int, selected: pa.Array) -> pa.Array:
         sink = pa.BufferOutputStream()
         empty = pa.table({"image_id": selected, "label": pa.nulls(len(selected), pa.string())})
         pa.csv.write_csv(empty, sink)
-        store.write_bytes(files.to_label, sink.getvalue())
+        if not store.exists(files.to_label):  # a person may have filled it in where it lies
+            store.write_bytes(files.to_label, sink.getvalue())
         raise WaitingForLabels(
             f"{len(selected)} images wait for a label: fill in {files.to_label} (classes: {', '.join(names[:20])}"
             f"{', …' if len(names) > 20 else ''}), save it as {files.answers} and run the same command again"
@@ -69,7 +70,8 @@ def _read_csv(uri: str) -> pa.Table:
 def _class(answer: str | None, names: list[str], image_id: str, uri: str) -> int:
     if answer in names:
         return names.index(answer)
-    if answer and answer.isdigit() and int(answer) < len(names):
+    # An index is taken only where no class is named by a number: class "10" may have index 1.
+    if answer and answer.isdigit() and int(answer) < len(names) and not any(n.isdigit() for n in names):
         return int(answer)
     came = "no label" if not answer else repr(answer)
-    raise UserError(f"{uri}: image {image_id!r}: expected a class name or an index below {len(names)}, found {came}")
+    raise UserError(f"{uri}: image {image_id!r}: expected one of the classes {', '.join(names[:20])}, found {came}")

@@ -93,15 +93,17 @@ class Pool:
         table = store.read_table(shard.uri, columns, IMAGES)
         if table.num_rows != shard.rows:
             raise UserError(f"{shard.uri}: {table.num_rows} images, but the manifest says {shard.rows}")
+        if "image_id" in table.column_names and table["image_id"][0].as_py() != shard.first_id:
+            raise UserError(f"{shard.uri}: begins with {table['image_id'][0]}, but the manifest says {shard.first_id}")
         return table
 
     def locate(self, ids: Iterable[str]) -> list[Shard]:
         """The shards of the split "pool" whose range holds any of `ids`, in order. UserError for an id in none."""
-        return list(self._by_shard(ids))
+        return list(self.by_shard(ids))
 
     def labels_of(self, ids: Iterable[str]) -> dict[str, int]:
         """The hidden labels of pool images: the simulated oracle. UserError naming one that has none."""
-        wanted = self._by_shard(ids)
+        wanted = self.by_shard(ids)
         with ThreadPoolExecutor(8) as threads:
             tables = list(threads.map(lambda shard: self.read_shard(shard, ["image_id", "label"]), wanted))
         labels = {}
@@ -115,7 +117,8 @@ class Pool:
                 labels[image_id] = known[image_id]
         return labels
 
-    def _by_shard(self, ids: Iterable[str]) -> dict[Shard, list[str]]:
+    def by_shard(self, ids: Iterable[str]) -> dict[Shard, list[str]]:
+        """Ids of the split "pool" by the shard that holds them, in order. UserError for an id outside all of them."""
         shards = self.shards("pool")
         first_ids = [shard.first_id for shard in shards]
         found: dict[int, list[str]] = {}

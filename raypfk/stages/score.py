@@ -63,6 +63,7 @@ def _top_k(run: Run, centers: pa.Table, shards: list[tuple[int, str]], k: int) -
     start, resources = time.time(), run.config.resources
     count = min(len(shards), resources.score_actors or max(1, session.cpus() // resources.score_threads))
     z, g = (ray.put(matrix(centers[name])) for name in ("features", "fisher"))
+    session.require("scoring", CPU=count * resources.score_threads)
     actor = ray.remote(Scorer).options(num_cpus=resources.score_threads, max_restarts=4, max_task_retries=4)
     actors = [actor.remote(run, run.kernel(), z, g, resources.score_threads) for _ in range(count)]
     size = max(1, len(shards) // (4 * count))
@@ -100,12 +101,17 @@ def _ids(keys: np.ndarray, paths: list[str]) -> pa.Array:
     """Image ids of keys, from the shards that hold them."""
     shard, row = keys >> _SHARD_BITS, keys & ((1 << _SHARD_BITS) - 1)
     needed, inverse = np.unique(shard, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    rows = np.split(row[order], np.cumsum(np.bincount(inverse, minlength=len(needed)))[:-1])
+
+    def read(part: tuple[int, np.ndarray]) -> pa.Array:
+        ids = store.read_table(paths[part[0]], ["image_id"])["image_id"].combine_chunks()
+        if part[1].max() >= len(ids):
+            raise RunError(f"{paths[part[0]]}: became shorter while it was scored")
+        return ids.take(pa.array(part[1]))
+
     with ThreadPoolExecutor(_READERS) as threads:
-        columns = list(threads.map(lambda i: store.read_table(paths[i], ["image_id"])["image_id"], needed))
-    if not columns:
-        return pa.array([], pa.string())
-    starts = np.cumsum([0, *(len(c) for c in columns)])
-    if (row >= np.diff(starts)[inverse]).any():
-        raise RunError("a descriptor shard became shorter while it was scored")
-    everything = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
-    return everything.take(pa.array(starts[inverse] + row)).combine_chunks()
+        found = list(threads.map(read, zip(needed, rows, strict=True))) if len(needed) else []
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return pa.concat_arrays([pa.array([], pa.string()), *found]).take(pa.array(back))

@@ -87,25 +87,39 @@ class NetworkSpec:
     image: ImageSpec
     checkpoint: Maybe
     origin: str
+    gpu: bool = False
+    """Whether Ray gives the actor a GPU: one that gives none still shows them all."""
 
     def load(self) -> tuple[torch.nn.Module, torch.device]:
         image = self.image
         net = models.build(self.name, image.channels, self.classes, image.size, seed=0)
         state, _ = models.load(value(self.checkpoint), self.origin)
         net.load_state_dict(state)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if self.gpu else "cpu")
         return net.to(device).eval(), device
 
 
 def network_of(run: Run, round: int) -> NetworkSpec:
     """The network that round `round` ended with. UserError if its checkpoint is another run's or network's."""
+    data = ray.put(checkpoint_of(run, round))
+    gpu = gpus_per_actor(run.config.resources) > 0
+    return NetworkSpec(run.config.model.name, run.classes, run.image, data, run.round(round).checkpoint, gpu)
+
+
+def checkpoint_of(run: Run, round: int) -> bytes:
+    """A round's checkpoint file. UserError if it is another run's, round's or network's."""
     path = run.round(round).checkpoint
     data = store.read_bytes(path)
     _, meta = models.load(data, path)
-    for name, expected in (("run", run.id), ("name", run.config.model.name), ("classes", run.classes)):
-        if meta.get(name) != expected:
-            raise UserError(f"{path}: {name} is {meta.get(name)!r}, expected {expected!r} of {run.uri}")
-    return NetworkSpec(run.config.model.name, run.classes, run.image, ray.put(data), path)
+    expected = {"run": run.id, "round": round, "name": run.config.model.name, "classes": run.classes}
+    for name, value in expected.items():
+        if meta.get(name) != value:
+            raise UserError(f"{path}: {name} is {meta.get(name)!r}, expected {value!r} of {run.uri}")
+    return data
+
+
+def gpus_per_actor(resources: ResourcesConfig) -> float:
+    return resources.extract_gpus if resources.extract_gpus is not None else min(1, session.gpus())
 
 
 def normalise(image_NCHW: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
@@ -136,6 +150,7 @@ def decoded(shards: Sequence[Shard], decoder: Decoder) -> ray.data.Dataset:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard: never split it
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True  # a wrapped one loses, on its way here, what it was raised from
     return ray.data.from_items(list(shards), override_num_blocks=max(1, len(shards))).map_batches(decoder, batch_size=1)
 
 
@@ -148,9 +163,10 @@ def through_actors(
     """
     if not shards:
         return
-    gpus = resources.extract_gpus if resources.extract_gpus is not None else min(1, session.gpus())
+    gpus = gpus_per_actor(resources)
     wanted = resources.extract_actors or (int(session.gpus() / gpus) if gpus else session.cpus())
     count = max(1, min(wanted, len(shards)))
+    session.require("one actor of extraction", GPU=gpus, CPU=1)
     dataset = decoded(shards, decoder).map_batches(
         actor,
         batch_size=None,

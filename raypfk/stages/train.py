@@ -5,6 +5,9 @@ Every draw of randomness is seeded by (run, round, epoch): an interrupted traini
 """
 
 import io
+import math
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,11 +21,12 @@ import torch.nn.functional as F
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-from raypfk import augment, models, progress, store
+from raypfk import augment, models, progress, session, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError
 from raypfk.run import ImageSpec, Run
-from raypfk.stages.stream import Decoder, decoded, normalise
+from raypfk.stages.pool import Shard
+from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise
 
 ROTATIONS = 4
 HOLD_BYTES = 2 * 1024**3
@@ -60,10 +64,10 @@ def pretrain(run: Run, round: int = 0) -> dict:
         store.write_bytes(run.round(0).checkpoint, models.save(net, _meta(run, 0)))
         return {"loss": None, "forward": 0, "backward": 0}
     models.replace_last_layer(net, ROTATIONS, run.seed("rotation layer"))
-    images = decoded(run.pool.shards("pool"), Decoder(run.pool, image))
     rows = run.pool.rows("pool")
     job = _job(run, 0, config.pretrain, rows, models.save(net, _meta(run, 0)))
     job = replace(job, classes=ROTATIONS, rotate=True)
+    images = decoded(_order(run, job, run.pool.shards("pool")), Decoder(run.pool, image))
     facts = _fit(run, job, images)
     state, _ = models.load(store.read_bytes(job.output), job.output)
     net.load_state_dict(state)
@@ -75,14 +79,21 @@ def pretrain(run: Run, round: int = 0) -> dict:
 def train(run: Run, round: int) -> dict:
     """Write round `round`'s checkpoint, trained on the labels of rounds 1..round from round-1's weights."""
     labels = run.labelled(round + 1)
-    shards = run.pool.locate(labels["image_id"].to_pylist())
+    job = _job(run, round, run.config.train, labels.num_rows, checkpoint_of(run, round - 1))
+    shards = _order(run, job, run.pool.locate(labels["image_id"].to_pylist()))
     decoder = Decoder(run.pool, run.image, keep=ray.put(labels["image_id"].combine_chunks()))
     # Read and decoded once: the labelled images lie scattered over the pool's shards.
     images = decoded(shards, decoder).map_batches(_Labels(ray.put(labels)), batch_size=None).materialize()
     if images.count() != labels.num_rows:
         raise RunError(f"{run.pool.uri}: {labels.num_rows - images.count()} labelled images can no longer be read")
-    job = _job(run, round, run.config.train, labels.num_rows, store.read_bytes(run.round(round - 1).checkpoint))
     return _fit(run, job, images) | _passes(run.config.train.epochs * labels.num_rows)
+
+
+def _order(run: Run, job: Job, shards: list[Shard]) -> list[Shard]:
+    """Shards as they are fed: shuffled where they are streamed, for neighbours in a pool are often of one class."""
+    if job.hold:
+        return shards
+    return [shards[i] for i in torch.randperm(len(shards), generator=torch.Generator().manual_seed(job.seed))]
 
 
 @dataclass(frozen=True)
@@ -140,9 +151,23 @@ def _fit(run: Run, job: Job, images: ray.data.Dataset) -> dict:
         # Workers that hold the data see all of it and share each batch; streaming ones get equal splits.
         dataset_config=ray.train.DataConfig(datasets_to_split=[] if job.hold else "all"),
     )
-    loss = trainer.fit().return_value
-    store.delete(job.partial)
+    session.require("training", CPU=config.workers * config.threads, GPU=config.workers * config.gpus_per_worker)
+    with _interruptible():
+        loss = trainer.fit().return_value
     return {"loss": loss, "epochs": config.epochs}
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by ending the program as if all were well, and goes on doing so after it is done."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _per_worker(config: TrainConfig) -> dict[str, float]:
@@ -187,6 +212,8 @@ def _train(job: Job) -> float:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch)
             loss = _epoch(job, model, optimizer, data(epoch), epoch, device)
+            if not math.isfinite(loss):
+                raise RunError(f"training diverged in epoch {epoch + 1}: the loss is {loss}; a smaller lr may help")
             if context.get_world_rank() == 0:
                 _keep(job, net, optimizer, epoch + 1, loss)
             ray.train.report({"epoch": epoch + 1, "loss": loss})
@@ -238,7 +265,7 @@ def _held(job: Job):
 
     def epoch_batches(epoch: int):
         shuffled = torch.randperm(len(image), generator=torch.Generator().manual_seed(job.seed + epoch))
-        for rows in _batches_of(shuffled, job.config.batch_size):
+        for rows in _batches_of(shuffled, job.config.batch_size, 2 * world):
             # Every worker has a like share of every batch, or gradient averaging would wait for ever.
             missing = -len(rows) % world
             rows = torch.cat([rows, shuffled[:1].expand(missing)])[rank::world]
@@ -247,16 +274,22 @@ def _held(job: Job):
     return epoch_batches
 
 
-def _batches_of(rows: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Split into batches; a last row left alone joins the batch before (batch normalisation needs two)."""
+def _batches_of(rows: torch.Tensor, size: int, least: int) -> list[torch.Tensor]:
+    """Split into batches; a last one of fewer than `least` rows joins the one before.
+
+    Batch normalisation needs two rows a worker.
+    """
     parts = list(rows.split(size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
+    if len(parts) > 1 and len(parts[-1]) < least:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
 
 
 def _streamed(job: Job):
-    """Batches straight from Ray Data, shuffled through a seeded buffer; epoch -> its batches."""
+    """Batches straight from Ray Data, shuffled through a seeded buffer; epoch -> its batches.
+
+    Workers get equal splits, so up to `workers` - 1 images sit out an epoch, and a single last row does.
+    """
     shard, world = ray.train.get_dataset_shard("train"), ray.train.get_context().get_world_size()
 
     def epoch_batches(epoch: int):
@@ -265,6 +298,8 @@ def _streamed(job: Job):
             local_shuffle_buffer_size=SHUFFLE_ROWS,
             local_shuffle_seed=(job.seed + epoch) % 2**32,
         ):
+            if len(batch["image"]) == 1 and job.config.batch_size > world:
+                continue
             image = torch.from_numpy(batch["image"].copy())
             yield image, torch.from_numpy(batch["label"].copy()) if "label" in batch else torch.zeros(len(image))
 
