@@ -63,7 +63,7 @@ class Decoder:
         if bad and self.rejects:
             store.write_table(store.join(self.rejects, shard.name), pa.Table.from_pylist(bad, REJECTS))
         shape = (0, spec.channels, spec.size, spec.size)
-        table = table.drop_columns("image").take(good)
+        table = table.drop_columns("image").take(pa.array(good, pa.int64()))
         return {
             "shard": np.array([shard.name] * len(good), dtype=object),
             "image": np.stack(decoded) if decoded else np.empty(shape, np.uint8),
