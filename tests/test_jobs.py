@@ -16,7 +16,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-PATIENCE_S = 300
+PATIENCE_S = 900
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 CHANGES = {"data__shard_rows": 32, "rounds": 2, "train__epochs": 40, "train__batch_size": 2}
-PATIENCE_S = 240
+PATIENCE_S = 900
 
 
 @pytest.fixture(scope="module")
