@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -376,3 +378,10 @@ def test_rounds_may_grow_and_resources_are_free(minimal):
 
 def test_several_differences(minimal):
     assert len(config.differences(minimal(), minimal("budget=21", "train.epochs=3", "rounds=11"))) == 2
+
+
+def test_the_demos_configuration_is_installed():
+    """`raypfk demo` finds its YAML through the package, not through the folder it was started in."""
+    script = "import importlib.resources as r; print((r.files('raypfk.configs') / 'digits.yaml').is_file())"
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
