@@ -25,6 +25,7 @@ def head(tmp_path_factory):
     ports = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     environment = {
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is what the head finds under this name
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
