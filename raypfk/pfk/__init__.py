@@ -9,7 +9,7 @@ from raypfk.pfk.centers import greedy_k_center
 from raypfk.pfk.descriptors import TapReader, features, fisher_scores, lengths, spatial_mean, standardise
 from raypfk.pfk.kernel import Descriptors, Kernel, scale_weights
 from raypfk.pfk.labels import neighbour, predicted
-from raypfk.pfk.topk import TopK
+from raypfk.pfk.topk import TopK, Votes
 
 __all__ = [
     "Descriptors",
@@ -17,6 +17,7 @@ __all__ = [
     "Picks",
     "TapReader",
     "TopK",
+    "Votes",
     "features",
     "fisher_scores",
     "greedy_k_center",

@@ -106,6 +106,20 @@ class Kernel:
         chunks = zip(rows.split(size), cols.split(size), strict=True)
         return torch.cat([self._pair_chunk(centers, pool, r, c) for r, c in chunks])
 
+    def pairs32(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
+        """As `pairs` but (Q,) float32 within `error_bound`, and several times as fast."""
+        size = max(1, PAIR_NUMBERS.get(rows.device.type, 1 << 22) // (4 * sum(self.lengths)))
+        chunks = zip(rows.split(size), cols.split(size), strict=True)
+        return torch.cat([self._pair32_chunk(centers, pool, r, c) for r, c in chunks])
+
+    def _pair32_chunk(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
+        parts = zip(*(centers, pool) if self.name != "pcc" else (centers[:1], pool[:1]), strict=True)
+        r_Qj = [[p[:, s].sum(1) for s in self.spans] for p in (a[rows].mul_(b[cols]) for a, b in parts)]
+        terms = zip(self.weights, *r_Qj, strict=True)
+        if self.name == "pfk":
+            return sum(w * rz * rg for w, rz, rg in terms)
+        return sum(w * sum(r) for w, *r in terms)
+
     def _pair_chunk(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
         rz_Qj = self._correlations(centers.z, pool.z, rows, cols)
         rg_Qj = self._correlations(centers.g, pool.g, rows, cols) if self.name != "pcc" else [0.0] * len(rz_Qj)

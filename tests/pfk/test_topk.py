@@ -1,9 +1,11 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypfk.pfk import Descriptors, Kernel, TopK, reference, standardise, topk
+from raypfk.pfk import Descriptors, Kernel, TopK, Votes, reference, scan, standardise, topk
 
 from .strategies import descriptors, kernels, lists, quick, seeds
 
@@ -11,6 +13,10 @@ from .strategies import descriptors, kernels, lists, quick, seeds
 def oracle(kernel: Kernel, centers: Descriptors, pool: Descriptors, keys: torch.Tensor, k: int):
     """`reference.top_k` of every center, padded as `TopK.result` is."""
     rows = reference.scores(kernel.name, kernel.lengths, kernel.weight, lists(centers), lists(pool))
+    return best_of(rows, keys, k)
+
+
+def best_of(rows: list[list[float]], keys: torch.Tensor, k: int):
     best = [reference.top_k(row, keys.tolist(), k) for row in rows]
     best = [row + [(-torch.inf, -1)] * (k - len(row)) for row in best]
     scores = torch.tensor([[score for score, _ in row] for row in best], dtype=torch.float32).reshape(-1, k)
@@ -36,18 +42,34 @@ def test_top_k_is_the_sorted_list_of_exact_scores(kernel, m, n, k, seed):
     assert same(whole(kernel, centers, pool, keys, k), oracle(kernel, centers, pool, keys, k))
 
 
+SMALL_TILES = {"TILE_CENTERS": 3, "TILE_POOL": 4, "BLOCK_POOL": 8, "GROUP": 2}
+SMALL_PARTS = {"HEAD": 5, "SEGMENT": 11, "ENTRIES": 5, "SMALL": 0}
+precisions = st.sampled_from(scan.PRECISIONS)
+
+
+@contextmanager
+def small_tiles(**more):
+    """Tiles and blocks so small that a few vectors go through all of them, and more than once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, values in ((scan, SMALL_TILES), (topk, SMALL_PARTS | more)):
+            for name, value in values.items():
+                patch.setattr(module, name, value)
+        yield
+
+
 @quick
-@given(kernels, st.integers(1, 8), st.integers(1, 60), st.sampled_from([1, 3, 20]), st.integers(1, 9), seeds)
-def test_blocks_order_tiles_and_parts_do_not_matter(kernel, m, n, k, blocks, seed):
-    """One block, or many in any order, in small tiles, some offered twice, merged from parts: the same bits."""
+@given(
+    kernels, precisions, st.integers(1, 8), st.integers(1, 60), st.sampled_from([1, 3, 20]), st.integers(1, 9), seeds
+)
+def test_precision_blocks_order_tiles_and_parts_do_not_matter(kernel, precision, m, n, k, blocks, seed):
+    """One block or many, in any order, in small tiles of any precision, some twice, in parts: the same bits."""
     centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
     keys = torch.arange(n)
     expected = whole(kernel, centers, pool, keys, k)
     generator = torch.Generator().manual_seed(seed)
-    parts = [TopK(m, k) for _ in range(3)]
+    parts = [TopK(m, k, precision=precision) for _ in range(3)]
     chunks = list(torch.randperm(n, generator=generator).chunk(blocks))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "TILE_CENTERS", 3), patch.setattr(topk, "TILE_POOL", 7), patch.setattr(topk, "ENTRIES", 5)
+    with small_tiles():
         for index in [*chunks, chunks[0]]:
             part = parts[int(torch.randint(3, (), generator=generator))]
             part.add(kernel, centers, pool.rows(index), keys[index])
@@ -55,6 +77,64 @@ def test_blocks_order_tiles_and_parts_do_not_matter(kernel, m, n, k, blocks, see
     parts[2].merge(TopK.of(*parts[0].result()))
     parts[2].merge(parts[1])
     assert same(parts[2].result(), expected)
+
+
+@quick
+@given(kernels, precisions, st.integers(1, 8), st.integers(1, 60), st.sampled_from([1, 3, 20]), seeds)
+def test_floors_leave_what_reaches_them(kernel, precision, m, n, k, seed):
+    """With floors from elsewhere a list holds just those of the K best that reach its floor, ties included."""
+    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
+    scores, keys = whole(kernel, centers, pool, torch.arange(n), k)
+    floor = scores[torch.arange(m), torch.randint(k, (m,), generator=torch.Generator().manual_seed(seed))]
+    top = TopK(m, k, floor_M=floor, precision=precision)
+    with small_tiles():
+        top.add(kernel, centers, pool, torch.arange(n))
+    low = scores < floor[:, None]
+    assert same(top.result(), (scores.masked_fill(low, -torch.inf), keys.masked_fill(low, -1)))
+
+
+@quick
+@given(kernels, precisions, st.integers(0, 8), st.integers(0, 40), st.sampled_from([1, 3, 20]), st.data(), seeds)
+def test_votes_are_the_dense_scores_times_the_confidence(kernel, precision, m, n, k, data, seed):
+    """Grouped by class, with zeros where nothing was scored: the top-K of every pair's score times q_n(y_m)^gamma."""
+    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
+    generator, width = torch.Generator().manual_seed(seed), data.draw(st.integers(0, 3))
+    classes = torch.stack([torch.randperm(5, generator=generator)[:width] for _ in range(n)] or [torch.empty(0, width)])
+    classes = classes[:n].long().reshape(n, width) - 1
+    shares = torch.randint(0, 4, (n, width), generator=generator) / 3
+    gamma = data.draw(st.sampled_from([0.5, 1.0, 2.0]))
+    votes = Votes(classes, shares, torch.randint(0, 4, (m,), generator=generator), gamma)
+    rows = reference.scores(kernel.name, kernel.lengths, kernel.weight, lists(centers), lists(pool))
+    for i, row in enumerate(rows):
+        for j in range(n):
+            listed = [q for d, q in zip(classes[j].tolist(), shares[j].tolist(), strict=True) if d == votes.labels[i]]
+            row[j] *= listed[0] ** gamma if listed else 0.0
+    expected = best_of(rows, torch.arange(n), k)
+    top = TopK(m, k, precision=precision)
+    with small_tiles():
+        top.add(kernel, centers, pool, torch.arange(n), votes)
+    assert same(top.result(), expected)
+
+
+@pytest.mark.parametrize("budgets", [(0.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+@pytest.mark.parametrize("name", ["pcc", "pfk", "pfk-sum"])
+def test_a_margin_that_overflows_falls_back(name, precision, budgets, monkeypatch):
+    """Loose bounds, tight bounds or float32 in the end: the same candidates, and the counts say which it was."""
+    kernel = Kernel(name, (24, 40))
+    torch.manual_seed(2)
+    x = standardise(torch.randn(3000, 64) + 2 * torch.randn(5, 64).repeat(600, 1), kernel.lengths)
+    x[::100] = standardise(torch.randn(30, 64).exp() ** 3, kernel.lengths)  # int8 moves these far
+    pool, centers = Descriptors(x, x.flip(0)), Descriptors(x[:40], x[-40:])
+    expected = whole(kernel, centers, pool, torch.arange(3000), 5)
+    monkeypatch.setattr(topk, "BUDGETS", budgets)
+    monkeypatch.setattr(topk, "HEAD", 500)
+    top = TopK(40, 5, precision=precision)
+    top.add(kernel, centers, pool, torch.arange(3000))
+    assert same(top.result(), expected)
+    assert (top.counts[precision] == 0) == (budgets == (0.0, 0.0))
+    assert (top.counts["overflows"] > 0) == (budgets[0] == 0.0)
+    assert 0 < top.counts["exact"] <= top.counts["rescored"]
 
 
 def test_large_tiles_of_random_vectors_keep_the_exact_order():
@@ -135,6 +215,18 @@ def test_what_does_not_fit_is_refused():
     for other in (TopK(4, 3), TopK(3, 2)):
         with pytest.raises(ValueError, match="expected an accumulator"):
             top.merge(other)
+    with pytest.raises(ValueError, match="expected precision"):
+        TopK(4, 2, precision="int4")
+    labels, good = torch.zeros(4).long(), torch.zeros(4, 1).long()
+    for votes in [
+        Votes(good, torch.ones(4, 2), labels, 1.0),
+        Votes(good[:3], torch.ones(3, 1), labels, 1.0),
+        Votes(good, torch.ones(4, 1), labels[:2], 1.0),
+        Votes(good, torch.full((4, 1), 1.5), labels, 1.0),
+        Votes(good, torch.ones(4, 1), labels, 0.0),
+    ]:
+        with pytest.raises(ValueError, match="expected"):
+            top.add(kernel, part, part, keys, votes)
     for arguments in [(torch.zeros(2, 3), torch.zeros(2, 3)), (torch.zeros(2), torch.zeros(2).long())]:
         with pytest.raises(ValueError, match="expected"):
             TopK.of(*arguments)

@@ -1,0 +1,242 @@
+"""The scan: which pairs of centers and pool images can score as high as a floor? Blocked, in low precision, proven.
+
+Descriptors are rounded to `int8` or `bfloat16` (or left `float32`), multiplied in tiles that stay in a core's cache,
+and each score is compared with its center's floor less a bound on what the rounding did to it (`Rounded.errors`). No
+pair that reaches its floor is missed, whatever the precision; the few others that come along are told apart by exact
+scores later (topk.py). Nothing of size M x B is kept: one block of scores at a time.
+
+Shapes: M centers, B pool images, l = L_j numbers of a scale, S pairs that survive.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
+
+Precision = Literal["float32", "bfloat16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
+
+TILE_CENTERS = 256  # with TILE_POOL: four int32 and float32 tiles of 256 KiB, which a core's own cache holds
+TILE_POOL = 256
+BLOCK_POOL = 4096  # survivors are looked for once in so many images
+GROUP = 16  # images whose largest score is compared first
+CLIP = 1.25  # int8 reaches this much beyond the largest number of any center
+OUTLIER = 2.0  # a pool image that rounding moves this much farther than the median one is scanned in float32
+U_BFLOAT16 = 2.0**-9
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Descriptors as a scan reads them: of each used scale a matrix (N, l) of z and, but for `pcc`, one of g.
+
+    steps: the number that one unit of a matrix stands for. errors: per matrix (N,) float32, an upper bound on the
+    distance between a vector and what was kept of it.
+    """
+
+    precision: Precision
+    matrices: tuple[Tensor, ...]
+    steps: tuple[float, ...]
+    errors: tuple[Tensor, ...]
+
+    def rows(self, index: slice | Tensor) -> "Rounded":
+        matrices, errors = (tuple(x[index] for x in part) for part in (self.matrices, self.errors))
+        return Rounded(self.precision, matrices, self.steps, errors)
+
+
+def used_scales(kernel: Kernel) -> list[tuple[slice, float]]:
+    """Columns and weight of the scales that count (a single number has weight 0 by `length`), at least one."""
+    scales = list(zip(kernel.spans, kernel.weights, strict=True))
+    return [(span, w) for span, w in scales if w] or scales[:1]
+
+
+def round_to(
+    kernel: Kernel, precision: Precision, part: Descriptors, steps: tuple[float, ...] | None = None
+) -> Rounded:
+    """Finite standardised float32 descriptors (N, L) in `precision`; int8 in `steps`, by default from the data itself.
+
+    int8 is symmetric and has one step per matrix, so that scores of a whole tile share their unit; what lies beyond
+    127 steps is clipped, and the vector's error says so.
+    """
+    sources = [x[:, span] for span, _ in used_scales(kernel) for x in (part if kernel.name != "pcc" else part[:1])]
+    if precision == "int8" and steps is None:
+        largest = [float(x.abs().max()) if x.numel() else 0.0 for x in sources]
+        steps = tuple(CLIP * most / 127 or 1.0 for most in largest)
+    steps = steps if precision == "int8" else (1.0,) * len(sources)
+    dtype = torch.int8 if precision == "int8" else torch.bfloat16
+    if precision == "float32":
+        return Rounded(precision, tuple(sources), steps, tuple(x.new_zeros(len(x)) for x in sources))
+    matrices = tuple(x.new_empty(x.shape, dtype=dtype) for x in sources)
+    errors = tuple(x.new_zeros(len(x)) for x in sources)
+    for start in range(0, len(part.z), TILE_POOL):  # in pieces that stay in cache between the passes
+        for x, step, matrix, error in zip(sources, steps, matrices, errors, strict=True):
+            piece = slice(start, start + TILE_POOL)
+            if precision == "int8":
+                y = (x[piece] * (1 / step)).round_().clamp_(-127, 127)
+                matrix[piece].copy_(y)
+                left = torch.sub(x[piece], y, alpha=step)
+            else:
+                matrix[piece].copy_(x[piece])
+                left = x[piece] - matrix[piece]
+            torch.norm(left, dim=1, out=error[piece])
+    errors = tuple(e.mul_(1.0001) for e in errors)  # the norm is rounded, too
+    return Rounded(precision, matrices, steps, errors)
+
+
+def drop_outliers(pool: Rounded) -> Tensor:
+    """Rows (int64, few) that rounding moved much more than most: emptied here, so that they do not widen all bounds."""
+    far = torch.zeros_like(pool.errors[0], dtype=torch.bool)
+    for error in pool.errors:
+        moved = error[error > 0]
+        if len(moved):
+            far |= error > OUTLIER * moved.median()
+    for x in (*pool.matrices, *pool.errors):
+        x[far] = 0
+    return far.nonzero().squeeze(1)
+
+
+def survivors(
+    kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor, factor_B: Tensor | None = None, tight=False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each block of the pool, (rows, cols) int64 of all pairs whose score (times `factor_B`) reaches `floor_M`.
+
+    Rows count centers (one tile's at most), cols pool images; pairs that just fail to reach it may come along.
+    `floor_M` is read anew for every block. `factor_B` (B,) is in 0..1. `tight` bounds the correlations, which `pfk`
+    multiplies a rounding error by, by what the block holds and not by 1: worth its cost where all of them are small.
+    """
+    tile = _Tile(kernel, centers, pool, factor_B, tight)
+    for start in range(0, tile.num_images, BLOCK_POOL):
+        piece = slice(start, min(start + BLOCK_POOL, tile.num_images))
+        tile.score(piece)
+        limit_M = tile.limit(floor_M, piece)
+        group, row = (tile.tops[: -(-(piece.stop - start) // GROUP)] >= limit_M).nonzero(as_tuple=True)
+        scores_HG = tile.scores.view(-1, GROUP, tile.num_centers)[group, :, row]
+        hit, place = (scores_HG >= limit_M[row, None]).nonzero(as_tuple=True)
+        cols = start + group[hit] * GROUP + place
+        real = cols < piece.stop  # and not padding, where the limit is -inf
+        yield row[hit][real], cols[real]
+
+
+class _Tile:
+    """Scores of one tile of centers with blocks of the pool, in units of the first term's weight.
+
+    A term is a scale (`pfk`), or a matrix of one. unit: what 1 of a product of codes stands for.
+    """
+
+    def __init__(self, kernel: Kernel, centers: Rounded, pool: Rounded, factor_B: Tensor | None, tight: bool):
+        self.kernel, self.centers, self.pool, self.factor_B, self.tight = kernel, centers, pool, factor_B, tight
+        self.num_centers, self.num_images = len(centers.errors[0]), len(pool.errors[0])
+        self.units = [a * b for a, b in zip(centers.steps, pool.steps, strict=True)]
+        self.factors = 2 if kernel.name == "pfk" else 1  # correlations that are multiplied in a term
+        weights = [w for _, w in used_scales(kernel)]
+        self.weights = [w for w in weights for _ in range(2 if kernel.name == "pfk-sum" else 1)]
+        per = self.factors
+        self.terms = [w * prod(self.units[i * per : (i + 1) * per]) for i, w in enumerate(self.weights)]
+        self.unit = self.terms[0] or 1.0
+        codes = centers.matrices[0]
+        self._allocate(codes.device, torch.int32 if codes.dtype == torch.int8 else codes.dtype)
+
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        m, rows = self.num_centers, -(-min(BLOCK_POOL, self.num_images) // GROUP) * GROUP
+        self.products = [torch.empty(TILE_POOL, m, dtype=dtype, device=device) for _ in range(self.factors)]
+        self.floats = [torch.empty(TILE_POOL, m, device=device) for _ in range(self.factors)]
+        self.scores, self.tops = torch.empty(rows, m, device=device), torch.empty(rows // GROUP, m, device=device)
+
+    def score(self, piece: slice) -> None:
+        """Leaves the scores of a piece of the pool in `scores`, (rows, M), and each group's largest in `tops`."""
+        self.reach = [0.0] * len(self.units)
+        n = piece.stop - piece.start
+        self.scores[n:] = -torch.inf
+        for start in range(0, n, TILE_POOL):
+            stop = min(start + TILE_POOL, n)
+            out_bM, rows = self.scores[start:stop], slice(piece.start + start, piece.start + stop)
+            self._score_tile(out_bM, rows)
+            if self.factor_B is not None:
+                out_bM.mul_(self.factor_B[rows, None])
+            groups = slice(start // GROUP, -(-stop // GROUP))  # the largest now, while the tile is in cache
+            grouped = self.scores.view(-1, GROUP, self.num_centers)[groups]
+            torch.amax(grouped, 1, out=self.tops[groups])
+
+    def _score_tile(self, out_bM: Tensor, rows: slice) -> None:
+        if not self.terms[0]:
+            out_bM.zero_()
+            return
+        for i, term in enumerate(self.terms):
+            r = [self._correlations(i * self.factors + k, rows, k) for k in range(self.factors)]
+            if i == 0:
+                torch.mul(*r, out=out_bM) if len(r) == 2 else out_bM.copy_(r[0])
+            elif len(r) == 2:
+                out_bM.addcmul_(*r, value=term / self.unit)
+            else:
+                out_bM.add_(r[0], alpha=term / self.unit)
+
+    def _correlations(self, i: int, rows: slice, slot: int) -> Tensor:
+        """Of matrix i, in its unit: (rows, M) float32, in the buffer `slot`."""
+        pool_bl, centers_Ml = self.pool.matrices[i][rows], self.centers.matrices[i]
+        out = self.products[slot][: len(pool_bl)]
+        if pool_bl.dtype == torch.int8:
+            torch._int_mm(pool_bl, centers_Ml.T, out=out)
+        else:
+            torch.mm(pool_bl, centers_Ml.T, out=out)
+        if self.tight:
+            low, high = (float(x) * self.units[i] for x in out.aminmax())
+            self.reach[i] = max(self.reach[i], -low, high)
+        return out if out.dtype == torch.float32 else self.floats[slot][: len(out)].copy_(out)
+
+    def limit(self, floor_M: Tensor, piece: slice) -> Tensor:
+        """(M,) what a score must reach: its floor, less all that rounding may have taken from it."""
+        errors = [self._error(i, piece) for i in range(len(self.units))]
+        if self.factors == 2:  # (r + a)(s + b) - r s = r b + s a + a b
+            reach = [self._reach(i, piece) for i in range(len(self.units))]
+            pairs = zip(errors[::2], errors[1::2], reach[::2], reach[1::2], strict=True)
+            errors = [r * b + s * a + a * b for a, b, r, s in pairs]
+        margin_M = sum(w * error for w, error in zip(self.weights, errors, strict=True))
+        return (floor_M - margin_M - 2 * self.kernel.error_bound()) / self.unit
+
+    def _error(self, i: int, piece: slice) -> Tensor:
+        """A bound on how far rounding moved a correlation: |z_m - ẑ_m| |z_n| + |ẑ_m| |z_n - ẑ_n| (Cauchy-Schwarz)."""
+        center_M, image = self.centers.errors[i], self.pool.errors[i][piece].max()
+        error_M = center_M * MAX_LENGTH + (MAX_LENGTH + center_M) * image
+        if self.centers.precision == "bfloat16":  # and products come out in bfloat16
+            error_M = error_M + 1.01 * U_BFLOAT16 * self._reach(i, piece)
+        return error_M
+
+    def _reach(self, i: int, piece: slice) -> Tensor | float:
+        """A bound on the size of the correlations of matrix i, as computed or before."""
+        if self.tight:
+            return self.reach[i] * (1 + 2 * U_BFLOAT16)
+        return (MAX_LENGTH + self.centers.errors[i]) * (MAX_LENGTH + self.pool.errors[i][piece].max())
+
+
+@lru_cache(maxsize=64)
+def fastest(kernel: Kernel, threads: int) -> Precision:
+    """The precision in which this processor scans fastest, by trial: some milliseconds, once per kernel and process.
+
+    `threads` is torch's number of threads. The result of a scan does not depend on the choice.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * TILE_POOL, sum(kernel.lengths), generator=generator)
+    part = Descriptors(x / x.norm(dim=1, keepdim=True), x / x.norm(dim=1, keepdim=True))
+    return min(PRECISIONS, key=lambda precision: _seconds(kernel, precision, part))
+
+
+def _seconds(kernel: Kernel, precision: Precision, part: Descriptors) -> float:
+    """The best of a few scans of a small pool; infinite where this torch cannot multiply in `precision`."""
+    try:
+        centers = round_to(kernel, precision, part.rows(slice(0, TILE_CENTERS)))
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            pool = round_to(kernel, precision, part, centers.steps)
+            for _ in survivors(kernel, centers, pool, torch.full((TILE_CENTERS,), torch.inf)):
+                pass
+            best = min(best, time.perf_counter() - start)
+        return best
+    except (RuntimeError, AttributeError):
+        return float("inf")
