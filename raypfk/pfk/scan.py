@@ -27,7 +27,8 @@ TILE_CENTERS = 256  # with TILE_POOL: four int32 and float32 tiles of 256 KiB, w
 TILE_POOL = 256
 BLOCK_POOL = 4096  # survivors are looked for once in so many images
 GROUP = 16  # images whose largest score is compared first
-CLIP = 1.25  # int8 reaches this much beyond the largest number of any center
+CLIPS = (1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the largest number of any center: tried as the largest of int8
+SAMPLE = 1024  # centers that they are tried on
 OUTLIER = 2.0  # a pool image that rounding moves this much farther than the median one is scanned in float32
 U_BFLOAT16 = 2.0**-9
 
@@ -66,8 +67,7 @@ def round_to(
     """
     sources = [x[:, span] for span, _ in used_scales(kernel) for x in (part if kernel.name != "pcc" else part[:1])]
     if precision == "int8" and steps is None:
-        largest = [float(x.abs().max()) if x.numel() else 0.0 for x in sources]
-        steps = tuple(CLIP * most / 127 or 1.0 for most in largest)
+        steps = tuple(_step(x) for x in sources)
     steps = steps if precision == "int8" else (1.0,) * len(sources)
     dtype = torch.int8 if precision == "int8" else torch.bfloat16
     if precision == "float32":
@@ -87,6 +87,16 @@ def round_to(
             torch.norm(left, dim=1, out=error[piece])
     errors = tuple(e.mul_(1.0001) for e in errors)  # the norm is rounded, too
     return Rounded(precision, matrices, steps, errors)
+
+
+def _step(x_Nl: Tensor) -> float:
+    """The int8 step that moves a sample's median vector least: a long one rounds more, a short one clips more."""
+    x_Nl = x_Nl[:: max(1, len(x_Nl) // SAMPLE)]
+    largest = float(x_Nl.abs().max()) if x_Nl.numel() else 0.0
+    steps = [largest * clip / 127 for clip in CLIPS] if largest else [1.0]
+    codes = ((x_Nl / step).round_().clamp_(-127, 127) * step for step in steps)
+    moved = [float((x_Nl - code).norm(dim=1).median()) for code in codes]
+    return steps[moved.index(min(moved))]
 
 
 def drop_outliers(pool: Rounded) -> Tensor:

@@ -1,13 +1,20 @@
-"""Score: the kernel between all centers and all pool images, sharded over actors, kept as top-K per center."""
+"""Score: the kernel between all centers and all pool images, sharded over actors, kept as top-K per center.
+
+The driver hands out chunks of descriptor shards, as many as there are actors to take them, and merges what comes back
+in a tree of tasks; with each chunk go the floors that what is merged already sets, so that later chunks rescore little.
+"""
 
 import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.util import ActorPool
+from ray.exceptions import RayActorError
 
 from raypfk import progress, session, store
 from raypfk.errors import RunError
@@ -18,6 +25,14 @@ from raypfk.schema import CANDIDATES, matrix
 _SHARD_BITS = 32
 """A pool image's key: shard number, then row. Shards are in the order of image_id, and so are the keys."""
 _READERS = 16
+_AHEAD = 4  # shards read while others are scored
+_SEGMENT = 1 << 15  # images scored at once: more than a shard, so that tiles are full and floors are set rarely
+_CHUNKS = 8  # per actor: enough that the last ones end together
+_FAN_IN = 8  # parts that one merge takes
+_ATTEMPTS = 4  # at one chunk, where actors die of it
+
+Numbered = tuple[int, str]
+"""A shard's number and its descriptor file."""
 
 
 class Scorer:
@@ -29,19 +44,62 @@ class Scorer:
     def __init__(self, run: Run, kernel: Kernel, centers_z: np.ndarray, centers_g: np.ndarray, threads: int):
         torch.set_num_threads(threads)
         self.run, self.kernel = run, kernel
-        self.centers = Descriptors(torch.from_numpy(centers_z.copy()), torch.from_numpy(centers_g.copy()))
+        self.centers = Descriptors(_shared(centers_z), _shared(centers_g))
 
-    def score(self, shards: list[tuple[int, str]], k: int) -> tuple[np.ndarray, np.ndarray, dict]:
-        """[(number, path)] -> scores (M, k) float32, keys (M, k) int64 (-1: none), images scored and when it began."""
-        began, top, rows = time.time(), TopK(len(self.centers.z), k), 0
-        for number, path in shards:
-            table = self.run.read(path, columns=["features", "fisher"])
-            images = Descriptors(*(torch.from_numpy(matrix(table[name])) for name in ("features", "fisher")))
-            keys = (number << _SHARD_BITS) + torch.arange(table.num_rows)
-            top.add(self.kernel, self.centers, images, keys)
-            rows += table.num_rows
-        scores, keys = top.result()
-        return scores.numpy(), keys.numpy(), {"images": rows, "shards": len(shards), "began": began}
+    def ready(self) -> None:
+        """Returns when the actor is up."""
+
+    def score(self, shards: Sequence[Numbered], k: int, floor_M: np.ndarray) -> tuple[tuple, dict]:
+        """Top-K of `shards` among scores of at least `floor_M`: (scores (M, k) float32, keys (M, k) int64), and facts:
+        images, shards, when it began, the K-th best scores as `floor` (M,), and the `counts` of `TopK`.
+        """
+        began, images = time.time(), 0
+        top = TopK(len(self.centers.z), k, floor_M=torch.from_numpy(floor_M.copy()))
+        for pool, keys in self._segments(shards):
+            top.add(self.kernel, self.centers, pool, keys)
+            images += len(keys)
+        scores, keys = (t.numpy() for t in top.result())
+        floor = scores[:, -1].copy()
+        return (scores, keys), {
+            "images": images, "shards": len(shards), "began": began, "floor": floor, "counts": dict(top.counts)
+        }  # fmt: skip
+
+    def _segments(self, shards: Sequence[Numbered]) -> Iterator[tuple[Descriptors, torch.Tensor]]:
+        """Descriptors and keys of several shards at a time; the next shards are read while these are scored."""
+        with ThreadPoolExecutor(1) as reader:
+            todo, ahead, held, rows = iter(shards), deque(), [], 0
+            for shard in todo:
+                ahead.append(reader.submit(self._read, shard))
+                if len(ahead) < _AHEAD:
+                    continue
+                held.append(ahead.popleft().result())
+                rows += len(held[-1][1])
+                if rows >= _SEGMENT:
+                    yield _joined(held)
+                    held, rows = [], 0
+            held += [future.result() for future in ahead]
+            if held:
+                yield _joined(held)
+
+    def _read(self, shard: Numbered) -> tuple[Descriptors, torch.Tensor]:
+        number, path = shard
+        table = self.run.read(path, columns=["features", "fisher"])
+        images = Descriptors(*(torch.from_numpy(matrix(table[name])) for name in ("features", "fisher")))
+        return images, (number << _SHARD_BITS) + torch.arange(table.num_rows)
+
+
+def _shared(array: np.ndarray) -> torch.Tensor:
+    """A tensor over an array of the object store, which all actors of a node share: it is only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _joined(held: list[tuple[Descriptors, torch.Tensor]]) -> tuple[Descriptors, torch.Tensor]:
+    if len(held) == 1:
+        return held[0]
+    parts, keys = zip(*held, strict=True)
+    return Descriptors(*(torch.cat(x) for x in zip(*parts, strict=True))), torch.cat(keys)
 
 
 def score(run: Run, round: int, k: int | None = None) -> dict:
@@ -59,28 +117,101 @@ def score(run: Run, round: int, k: int | None = None) -> dict:
     return {"centers": centers.num_rows, "k": k, **facts}
 
 
-def _top_k(run: Run, centers: pa.Table, shards: list[tuple[int, str]], k: int) -> tuple[TopK, dict]:
+def _top_k(run: Run, centers: pa.Table, shards: list[Numbered], k: int) -> tuple[TopK, dict]:
     start, resources = time.time(), run.config.resources
     count = min(len(shards), resources.score_actors or max(1, session.cpus() // resources.score_threads))
     z, g = (ray.put(matrix(centers[name])) for name in ("features", "fisher"))
     session.require("scoring", CPU=count * resources.score_threads)
     actor = ray.remote(Scorer).options(num_cpus=resources.score_threads, max_restarts=4, max_task_retries=4)
     actors = [actor.remote(run, run.kernel(), z, g, resources.score_threads) for _ in range(count)]
-    size = max(1, len(shards) // (4 * count))
+    size = max(1, len(shards) // (_CHUNKS * count))
     chunks = [shards[i : i + size] for i in range(0, len(shards), size)]
-    top, images, began = TopK(centers.num_rows, k), 0, []
+    tree, counts, began = _Tree(centers.num_rows), Counter(), []
     try:
         with progress.current().bar("score", len(shards), "shards") as advance:
-            results = ActorPool(actors).map_unordered(lambda a, chunk: a.score.remote(chunk, k), chunks)
-            for scores, keys, facts in results:
-                top.merge(TopK.of(torch.from_numpy(scores.copy()), torch.from_numpy(keys.copy())))
-                images += facts["images"]
+            for facts in _through(actors, chunks, k, tree):
+                counts.update({"images": facts["images"], **facts["counts"]})
                 began.append(facts["began"])
                 advance(facts["shards"])
+        scores, keys = tree.whole()
     finally:
         for a in actors:
             ray.kill(a)
-    return top, {"images": images, "startup_seconds": round(min(began) - start, 3)}
+    facts = {"images": counts.pop("images"), "pairs": dict(counts), "startup_seconds": round(min(began) - start, 3)}
+    return TopK.of(torch.from_numpy(scores.copy()), torch.from_numpy(keys.copy())), facts
+
+
+def _through(actors: list, chunks: list[list[Numbered]], k: int, tree: "_Tree") -> Iterator[dict]:
+    """Every chunk once through an actor that is up; yields the facts of each, and puts its top-K into the tree.
+
+    Ray restarts an actor and calls it again; the chunk of one that it gave up goes to another. RunError without any.
+    """
+    todo, idle, died = deque(chunks), [], Counter()
+    busy = {actor.ready.remote(): (actor, [], None) for actor in actors}
+    while busy:
+        (done,), _ = ray.wait(list(busy), num_returns=1)
+        actor, chunk, top = busy.pop(done)
+        try:
+            facts = ray.get(done)
+            idle.append(actor)
+        except RayActorError as error:
+            died.update(chunk[:1])
+            if chunk and died[chunk[0]] == _ATTEMPTS:
+                raise RunError(f"{chunk[0][1]}: {_ATTEMPTS} actors died of this or the next shards: {error}") from None
+            todo.extend([chunk] if chunk else [])
+            facts = None
+        if facts:
+            tree.add(top, facts.pop("floor"))
+            yield facts
+        while todo and idle:
+            actor, chunk = idle.pop(), todo.popleft()
+            top, facts = actor.score.options(num_returns=2).remote(chunk, k, tree.floor)
+            busy[facts] = (actor, chunk, top)
+    if todo:
+        raise RunError(f"all {len(actors)} scoring actors died; {sum(map(len, todo))} shards are not scored")
+
+
+class _Tree:
+    """Merges top-Ks, (scores, keys) in the object store, a few at a time wherever there is room; keeps their floors."""
+
+    def __init__(self, num_centers: int):
+        self.levels: list[list[ray.ObjectRef]] = []
+        self.floors: list[ray.ObjectRef] = []
+        self.floor = np.full(num_centers, -np.inf, np.float32)
+
+    def add(self, top: ray.ObjectRef, floor: np.ndarray) -> None:
+        """Takes in a part and its K-th best scores (M,), which no candidate of the whole may be below."""
+        self._rise(top, 0)
+        known, self.floors = ray.wait(self.floors, num_returns=len(self.floors), timeout=0) if self.floors else ([], [])
+        self.floor = np.maximum.reduce([self.floor, floor, *ray.get(known)])
+
+    def _rise(self, top: ray.ObjectRef, level: int) -> None:
+        if level == len(self.levels):
+            self.levels.append([])
+        self.levels[level].append(top)
+        if len(self.levels[level]) == _FAN_IN:
+            merged, floor = _merge.remote(*self.levels[level])
+            self.floors.append(floor)
+            self.levels[level] = []
+            self._rise(merged, level + 1)
+
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and keys (M, k) of all parts together."""
+        parts = [part for level in self.levels for part in level]
+        while len(parts) > 1:
+            groups = [parts[i : i + _FAN_IN] for i in range(0, len(parts), _FAN_IN)]
+            parts = [_merge.remote(*group)[0] if len(group) > 1 else group[0] for group in groups]
+        return ray.get(parts[0])
+
+
+@ray.remote(num_cpus=0, num_returns=2)
+def _merge(*parts: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Several (scores, keys) as one, and its K-th best scores."""
+    first, *rest = (TopK.of(_shared(scores), _shared(keys)) for scores, keys in parts)
+    for top in rest:
+        first.merge(top)
+    scores, keys = (t.numpy() for t in first.result())
+    return (scores, keys), scores[:, -1].copy()
 
 
 def candidates_table(top: TopK, centers: pa.Table, paths: list[str]) -> pa.Table:
