@@ -90,6 +90,7 @@ def speed(setting: Setting, pool: int) -> dict:
     """Figure, peer and floor in turns over the segments of the pool."""
     peers = Peers(setting)
     _, counts, seconds, ratios = scored(setting, pool, peers)
+    peers.close()
     pairs = setting.centers * pool
     peer, bare = ratios
     used = max(scan.PRECISIONS, key=lambda p: counts[p])
@@ -130,6 +131,9 @@ class Peers:
         self.here, there = context.Pipe()
         context.Process(target=_peers, args=(there, setting), daemon=True).start()
 
+    def close(self) -> None:
+        self.here.send(None)
+
     def turn(self, precision: str) -> tuple[float | None, float]:
         """Pairs per second of FAISS (None where it is not installed) and of the bare products in `precision`."""
         self.here.send(precision)
@@ -141,8 +145,7 @@ def _peers(pipe, setting: Setting) -> None:
     centers, images = setting.data.make(setting.centers, 0), setting.data.make(PEER_ROWS, 1)
     pairs = setting.centers * PEER_ROWS
     search = _faiss(setting, centers, images)
-    while True:
-        precision = pipe.recv()
+    for precision in iter(pipe.recv, None):
         faiss = pairs / best(search) if search else None
         pipe.send((faiss, pairs / best(_products(setting, precision, centers, images))))
 

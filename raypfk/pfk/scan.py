@@ -240,10 +240,9 @@ def _seconds(kernel: Kernel, precision: Precision, part: Descriptors) -> float:
     """The best of a few scans of a small pool; infinite where this torch cannot multiply in `precision`."""
     try:
         centers = round_to(kernel, precision, part.rows(slice(0, TILE_CENTERS)))
-        best = float("inf")
-        for _ in range(4):
+        pool, best = round_to(kernel, precision, part, centers.steps), float("inf")
+        for _ in range(5):
             start = time.perf_counter()
-            pool = round_to(kernel, precision, part, centers.steps)
             for _ in survivors(kernel, centers, pool, torch.full((TILE_CENTERS,), torch.inf)):
                 pass
             best = min(best, time.perf_counter() - start)
