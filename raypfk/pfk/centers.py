@@ -1,32 +1,290 @@
-"""Centers: the misses that the selection must cover (section 4.4, Algorithm 1 lines 5-7)."""
+"""Centers: the misses that the selection must cover (section 4.4, Algorithm 1 lines 5-7).
+
+Shapes: M misses, U distinct ones, T in front, B of a tile, n centers, Q pairs, L numbers of a descriptor.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from raypfk.pfk.kernel import Descriptors, Kernel
+from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
+
+FRONT_NUMBERS = 3 << 20  # of the features and Fisher scores in front: every choice reads them, so they lie in cache
+FRONT_LEAST = 512
+BATCH = 4  # fronts brought up to date before it is asked whether more must be
+TILE = 1024  # misses, or centers, of one block
+COMPARED = 1 << 20  # similarities to all centers found at once
+HASHED = 1 << 20  # numbers hashed, or compared, at once
+NONE = -1
+NOBODY = torch.iinfo(torch.int64).max
 
 
 def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> Tensor:
     """Indices (min(p, M),) int64 of p of the M misses, in the order chosen.
 
     The first is drawn with `seed`; then always the miss whose largest similarity to the centers so far is smallest, of
-    equals the first. Similarities are rounded from float64 to float32. With p >= M all misses, in index order. A miss
-    with a NaN comes last. O(p M L) time and O(M L) memory: one running maximum, no p x M matrix.
-    Raises ValueError for p < 0.
+    equals the first. Similarities are `Kernel.pairs`, rounded to float32. With p >= M all misses, in index order. A miss
+    with a NaN comes last. `misses` (M, L) are standardised descriptors, taken as float32.
+
+    O(p M L) time at most, O(M L) memory, no p x M matrix. A largest similarity only grows, so that it need not be up to
+    date to be known as not the smallest (lazy greedy: Minoux, Accelerated greedy algorithms for maximizing submodular
+    set functions, 1978); and float32 decides wherever its error cannot.
+    Raises ValueError for p < 0, and for descriptors that are not standardised.
     """
-    m = len(misses.z)
+    m, device = len(misses.z), misses.z.device
     if p < 0:
         raise ValueError(f"expected p >= 0 centers, got {p}")
     if p >= m or p == 0:
-        return torch.arange(min(p, m), device=misses.z.device)
-    misses = misses.to(torch.float64)
-    broken_M = ~(misses.z.isfinite().all(1) & misses.g.isfinite().all(1))
-    largest = torch.finfo(torch.float32).max
-    closest_M = torch.full((m,), -torch.inf, device=misses.z.device).masked_fill(broken_M, largest)
-    chosen = [torch.randint(m, (), generator=torch.Generator().manual_seed(seed)).to(misses.z.device)]
-    for _ in range(p - 1):
-        similar_M = kernel.block(misses.rows(chosen[-1][None]), misses)[0].float()
-        closest_M = torch.maximum(closest_M, similar_M.nan_to_num(nan=-torch.inf, posinf=largest))
-        closest_M[chosen[-1]] = torch.inf
-        chosen.append(closest_M.argmin())
-    return torch.stack(chosen)
+        return torch.arange(min(p, m), device=device)
+    drawn = torch.randint(m, (1,), generator=torch.Generator().manual_seed(seed)).to(device)
+    sound_M = misses.z.isfinite().all(1) & misses.g.isfinite().all(1)
+    sound, broken = _where(sound_M), _where(~sound_M)
+    misses = (misses.rows(sound) if len(broken) else misses).to(torch.float32)
+    _check_standardised(kernel, misses)
+    if not sound_M[drawn]:  # similar to nobody
+        chosen = torch.cat([drawn, sound[_Greedy(kernel, misses, min(p - 1, len(sound))).choose(None)]])
+    else:
+        chosen = sound[_Greedy(kernel, misses, min(p, len(sound))).choose(int(_where(sound == drawn)))]
+    return torch.cat([chosen, broken[broken != drawn]])[:p]
+
+
+def _check_standardised(kernel: Kernel, misses: Descriptors) -> None:
+    used = misses[:1] if kernel.name == "pcc" else misses
+    if any((x[:, span].norm(dim=1) > MAX_LENGTH).any() for x in used for span in kernel.spans):
+        raise ValueError("misses: expected standardised descriptors, got a scale longer than 1")
+
+
+class _Greedy:
+    """The distinct misses, what is known of their closeness, and in front the least close, of whom the most is known.
+
+    Closeness is the largest similarity to a center so far. The bounds of a distinct miss are those by its first
+    `_seen_U` centers: its `low` holds for all of them. Whoever is in front has seen all centers; the least of the
+    others by (low, index) is `_rest`.
+    """
+
+    def __init__(self, kernel: Kernel, misses: Descriptors, count: int):
+        if kernel.name == "pcc":
+            misses = Descriptors(misses.z, misses.z[:, :0])  # no Fisher scores to carry along
+        self._kernel, self._misses, self._count, self._error = kernel, misses, count, kernel.error_bound()
+        self._queues = _Queues(_first_equals(kernel, misses))
+        self._row_U = self._queues.next_U.clone()
+        self._bounds = _Bounds.without_centers(len(self._row_U), misses.z.device)
+        self._seen_U = torch.zeros_like(self._row_U)
+        room = min(count, len(self._row_U))
+        self._centers = Descriptors(*(x.new_empty(room, x.shape[1]) for x in misses))
+        self._num_centers = 0
+        self._set_front(self._row_U[:0])
+
+    def choose(self, drawn: int | None) -> Tensor:
+        """The first `count` misses in the order of choice, beginning with the one drawn."""
+        chosen, at_once = [], 1
+        if drawn is not None and self._count:
+            chosen.append(self._choose(self._queues.to_head(drawn)))
+        while len(chosen) < self._count:
+            low, index, place = self._least()
+            if (low, index) >= self._rest:
+                self._renew_front()
+            elif low < float(self._front.high[place]):
+                self._settle(place, at_once)
+                at_once *= 2  # so that none is settled in vain where all are equal, and all soon where all are near
+            else:
+                chosen.append(self._choose(int(self._front_U[place]), place))
+                at_once = 1
+        return torch.tensor(chosen, dtype=torch.int64, device=self._misses.z.device)
+
+    def _least(self) -> tuple[float, int, int]:
+        """Of those in front the least by (low, index), and its place there."""
+        if not len(self._front_U):
+            return torch.inf, NOBODY, NONE
+        low = self._front.low.amin()
+        place = self._front_next.masked_fill(self._front.low > low, NOBODY).argmin()
+        return float(low), int(self._front_next[place]), int(place)
+
+    def _choose(self, u: int, place: int | None = None) -> int:
+        """The next of the misses equal to u, who becomes a center."""
+        miss, is_new = self._queues.take(u)
+        if place is not None:
+            self._front_next[place] = self._queues.next_U[u]
+        if self._queues.next_U[u] == NOBODY:
+            for bounds, i in ((self._bounds, u), (self._front, place))[: 1 if place is None else 2]:
+                bounds.low[i] = bounds.high[i] = torch.inf
+        if is_new:  # another of the same changes nobody's closeness
+            row = self._row_U[u]
+            for centers_nL, misses_ML in zip(self._centers, self._misses, strict=True):
+                centers_nL[self._num_centers] = misses_ML[row]
+            self._absorb(self._front, self._front_misses, self._num_centers, self._num_centers + 1)
+            self._num_centers += 1
+        return miss
+
+    def _absorb(self, bounds: "_Bounds", misses: Descriptors, start: int, stop: int) -> None:
+        for first in range(start, stop, TILE):
+            centers = self._centers.rows(slice(first, min(first + TILE, stop)))
+            bounds.absorb(self._kernel.block(centers, misses), first, self._error)
+
+    def _renew_front(self) -> None:
+        """Brings those of the smallest `low` up to date until enough of them stay the smallest, who are then in front.
+
+        One round need not be enough to find the least of all, but every round brings it nearer.
+        """
+        self._bounds.put(self._front_U, self._front)
+        self._seen_U[self._front_U] = self._num_centers
+        room = max(FRONT_LEAST, FRONT_NUMBERS // sum(x.shape[1] for x in self._misses))
+        order_U = self._in_order(torch.arange(len(self._row_U), device=self._row_U.device))
+        done = 0
+        for batch in order_U.split(BATCH * room):
+            self._bring_up_to_date(batch)
+            done += len(batch)
+            next_low = self._bounds.low[order_U[done : done + 1]]
+            if done >= room and (self._bounds.low[order_U[:done]].kthvalue(room).values <= next_low).all():
+                break
+        self._set_front(self._in_order(order_U[:done])[:room])
+
+    def _bring_up_to_date(self, index: Tensor) -> None:
+        index = index[self._seen_U[index].argsort(stable=True)]
+        seen, counts = self._seen_U[index].unique_consecutive(return_counts=True)
+        for start, group in zip(seen.tolist(), index.split(counts.tolist()), strict=True):
+            for tile in group.split(TILE) if start < self._num_centers else ():
+                bounds = self._bounds.rows(tile)
+                self._absorb(bounds, self._misses.rows(self._row_U[tile]), start, self._num_centers)
+                self._bounds.put(tile, bounds)
+        self._seen_U[index] = self._num_centers
+
+    def _in_order(self, index: Tensor) -> Tensor:
+        """By (low, index of the next miss)."""
+        index = index[self._queues.next_U[index].argsort()]
+        return index[self._bounds.low[index].argsort(stable=True)]
+
+    def _set_front(self, index: Tensor) -> None:
+        self._front_U, self._front_next, self._front = index, self._queues.next_U[index], self._bounds.rows(index)
+        self._front_misses = self._misses.rows(self._row_U[index])
+        low_U = self._bounds.low.index_fill(0, index, torch.inf)
+        next_U = self._queues.next_U.index_fill(0, index, NOBODY)
+        self._rest = float(low_U.amin()), int(next_U.masked_fill(low_U > low_U.amin(), NOBODY).amin())
+
+    def _settle(self, place: int, at_once: int) -> None:
+        """Makes exact the closeness of the one in front at `place`, and of up to so many who may be as little close."""
+        low_T = self._front.low.masked_fill(self._front.low == self._front.high, torch.inf)
+        low_T[place] = -torch.inf
+        limit = min(at_once, len(low_T), 1 + COMPARED // self._num_centers)
+        low, places = low_T.topk(limit, largest=False)
+        places = places[low <= self._front.high[place]]
+        exact_T = torch.full_like(low_T, -torch.inf)
+        for centers, misses in self._nearest(places):
+            similar_Q = self._kernel.pairs(self._centers, self._front_misses, centers, misses).float()
+            exact_T.scatter_reduce_(0, misses, similar_Q, "amax")
+        self._front.low[places] = self._front.high[places] = exact_T[places]
+
+    def _nearest(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs (center, place in front) (Q,) twice, of which the most similar decide the closeness at `places`."""
+        center = self._front.center[places]
+        known, unknown = center != NONE, places[center == NONE]
+        if known.any():
+            yield center[known], places[known]
+        if len(unknown):
+            centers = self._centers.rows(slice(self._num_centers))
+            similar_nB = self._kernel.block(centers, self._front_misses.rows(unknown))
+            near, at = (similar_nB + self._error >= self._front.low[unknown]).nonzero(as_tuple=True)
+            yield near, unknown[at]
+
+
+class _Bounds:
+    """What is known of the closeness of n misses.
+
+    It lies between `low` and `high` (n,) float32, and is known where they are equal. `center` (n,) int64 is the number
+    of the closest center where only one can be the closest, else `NONE`.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, center: Tensor):
+        self.low, self.high, self.center = low, high, center
+
+    @classmethod
+    def without_centers(cls, n: int, device: torch.device) -> "_Bounds":
+        """Closeness -inf, and known."""
+        low = torch.full((n,), -torch.inf, device=device)
+        return cls(low, low.clone(), torch.full((n,), NONE, device=device))
+
+    def rows(self, index: Tensor) -> "_Bounds":
+        """A copy of some misses' bounds."""
+        return _Bounds(self.low[index], self.high[index], self.center[index])
+
+    def put(self, index: Tensor, other: "_Bounds") -> None:
+        """Writes such a copy back."""
+        self.low[index], self.high[index], self.center[index] = other.low, other.high, other.center
+
+    def absorb(self, similar_nB: Tensor, first: int, error: float) -> None:
+        """Takes in the similarities to centers `first`, `first` + 1, ..., each off by at most `error`."""
+        if len(similar_nB) == 1:
+            best_B, center_B = similar_nB[0], torch.full_like(self.center, first)
+        else:
+            two_B2, center_B2 = similar_nB.T.contiguous().topk(2, dim=1)
+            best_B, tied_B = two_B2[:, 0], two_B2[:, 1] + error >= two_B2[:, 0] - error
+            center_B = (center_B2[:, 0] + first).masked_fill_(tied_B, NONE)
+        low_B, high_B = best_B - error, best_B + error
+        keep_B = self.center.masked_fill(high_B >= self.low, NONE)
+        self.center = torch.where(low_B > self.high, center_B, keep_B)
+        self.low, self.high = torch.maximum(self.low, low_B), torch.maximum(self.high, high_B)
+
+
+class _Queues:
+    """The misses of each distinct one, who wait to be chosen in the order of their index.
+
+    `next_U` int64 is the index of the next, `NOBODY` where all are chosen.
+    """
+
+    def __init__(self, first_M: Tensor):
+        first_U, group_M, counts = first_M.unique(return_inverse=True, return_counts=True)
+        self.next_U, self._group_M = first_U, group_M
+        self._waiting = group_M.argsort(stable=True).cpu()
+        self._end_U = counts.cumsum(0).cpu()
+        self._begin_U = self._end_U - counts.cpu()
+        self._turn_U = self._begin_U.clone()
+
+    def to_head(self, miss: int) -> int:
+        """Lets a miss go before its equals; returns the number of its queue."""
+        u = int(self._group_M[miss])
+        queue = self._waiting[self._begin_U[u] : self._end_U[u]]
+        queue.copy_(torch.cat([queue[queue == miss], queue[queue != miss]]))
+        return u
+
+    def take(self, u: int) -> tuple[int, bool]:
+        """The next miss of a queue, and whether it is the first taken of it."""
+        turn = int(self._turn_U[u])
+        self._turn_U[u] = turn + 1
+        self.next_U[u] = self._waiting[turn + 1] if turn + 1 < self._end_U[u] else NOBODY
+        return int(self._waiting[turn]), turn == int(self._begin_U[u])
+
+
+def _first_equals(kernel: Kernel, misses: Descriptors) -> Tensor:
+    """Of each miss the index (M,) of the first that is to the kernel the same, to the last bit.
+
+    Two that share a hash by chance, with neither the first of the other, may count as different.
+    """
+    m, width = len(misses.z), sum(x.shape[1] for x in misses)
+    odd_L = torch.randint(-(1 << 62), 1 << 62, (width,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    odd_L = odd_L.to(misses.z.device)
+    chunks = torch.arange(m, device=odd_L.device).split(max(1, HASHED // width))
+    hash_M = torch.cat([(_looks(kernel, misses.rows(c)).view(torch.int32) * odd_L).sum(1) for c in chunks])
+    _, group_M = hash_M.unique(return_inverse=True)
+    first_M = torch.full_like(group_M, m).scatter_reduce_(0, group_M, torch.arange(m, device=odd_L.device), "amin")
+    first_M = first_M[group_M]
+    for c in _where(first_M != torch.arange(m, device=odd_L.device)).split(max(1, HASHED // width)):
+        same = (_looks(kernel, misses.rows(c)) == _looks(kernel, misses.rows(first_M[c]))).all(1)
+        first_M[c] = torch.where(same, first_M[c], c)
+    return first_M
+
+
+def _looks(kernel: Kernel, misses: Descriptors) -> Tensor:
+    """What the kernel sees of misses (B, 2 L): of a product nothing where one factor is a zero vector. No -0."""
+    z_BL, g_BL = misses
+    if kernel.name == "pfk":
+        z_BL, g_BL = z_BL.clone(), g_BL.clone()
+        for span in kernel.spans:
+            blind_B1 = ~(z_BL[:, span].any(1, keepdim=True) & g_BL[:, span].any(1, keepdim=True))
+            z_BL[:, span].masked_fill_(blind_B1, 0.0)
+            g_BL[:, span].masked_fill_(blind_B1, 0.0)
+    return torch.cat([z_BL, g_BL], dim=1) + 0.0
+
+
+def _where(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(1)
