@@ -4,7 +4,7 @@ descriptors (z, g) -> labels (S) -> kernel -> topk (candidates), with centers an
 the same in float64 loops.
 """
 
-from raypfk.pfk.acquire import Picks, rank_by_rank
+from raypfk.pfk.acquire import Picks, merge_picks, rank_by_rank
 from raypfk.pfk.centers import greedy_k_center
 from raypfk.pfk.descriptors import TapReader, features, fisher_scores, lengths, spatial_mean, standardise
 from raypfk.pfk.kernel import Descriptors, Kernel, scale_weights
@@ -22,6 +22,7 @@ __all__ = [
     "fisher_scores",
     "greedy_k_center",
     "lengths",
+    "merge_picks",
     "neighbour",
     "predicted",
     "rank_by_rank",

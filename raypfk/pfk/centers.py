@@ -24,8 +24,8 @@ def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> T
     """Indices (min(p, M),) int64 of p of the M misses, in the order chosen.
 
     The first is drawn with `seed`; then always the miss whose largest similarity to the centers so far is smallest, of
-    equals the first. Similarities are `Kernel.pairs`, rounded to float32. With p >= M all misses, in index order. A miss
-    with a NaN comes last. `misses` (M, L) are standardised descriptors, taken as float32.
+    equals the first. Similarities are those of `Kernel.pairs`, rounded to float32. With p >= M all misses, in index
+    order. A miss with a NaN comes last. `misses` (M, L) are standardised descriptors, taken as float32.
 
     O(p M L) time at most, O(M L) memory, no p x M matrix. A largest similarity only grows, so that it need not be up to
     date to be known as not the smallest (lazy greedy: Minoux, Accelerated greedy algorithms for maximizing submodular
@@ -38,15 +38,19 @@ def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> T
     if p >= m or p == 0:
         return torch.arange(min(p, m), device=device)
     drawn = torch.randint(m, (1,), generator=torch.Generator().manual_seed(seed)).to(device)
-    sound_M = misses.z.isfinite().all(1) & misses.g.isfinite().all(1)
+    sound_M = _all_finite(misses.z) & _all_finite(misses.g)
     sound, broken = _where(sound_M), _where(~sound_M)
     misses = (misses.rows(sound) if len(broken) else misses).to(torch.float32)
     _check_standardised(kernel, misses)
-    if not sound_M[drawn]:  # similar to nobody
-        chosen = torch.cat([drawn, sound[_Greedy(kernel, misses, min(p - 1, len(sound))).choose(None)]])
-    else:
-        chosen = sound[_Greedy(kernel, misses, min(p, len(sound))).choose(int(_where(sound == drawn)))]
-    return torch.cat([chosen, broken[broken != drawn]])[:p]
+    alone = drawn[~sound_M[drawn]]  # similar to nobody
+    count = min(p - len(alone), len(sound))
+    first = int(_where(sound == drawn)) if not len(alone) else None
+    chosen = sound[_Greedy(kernel, misses, count).choose(first)] if count else sound[:0]
+    return torch.cat([alone, chosen, broken[broken != drawn]])[:p]
+
+
+def _all_finite(x_ML: Tensor) -> Tensor:
+    return (x_ML.amin(1) > -torch.inf) & (x_ML.amax(1) < torch.inf)  # a NaN is neither
 
 
 def _check_standardised(kernel: Kernel, misses: Descriptors) -> None:
@@ -74,13 +78,12 @@ class _Greedy:
         room = min(count, len(self._row_U))
         self._centers = Descriptors(*(x.new_empty(room, x.shape[1]) for x in misses))
         self._num_centers = 0
-        self._set_front(self._row_U[:0])
 
-    def choose(self, drawn: int | None) -> Tensor:
-        """The first `count` misses in the order of choice, beginning with the one drawn."""
-        chosen, at_once = [], 1
-        if drawn is not None and self._count:
-            chosen.append(self._choose(self._queues.to_head(drawn)))
+    def choose(self, first: int | None) -> Tensor:
+        """`count` >= 1 misses in the order of choice; the first may be given."""
+        u = 0 if first is None else self._queues.to_head(first)
+        self._set_front(torch.tensor([u], device=self._row_U.device))
+        chosen, at_once = [] if first is None else [self._choose(0)], 1
         while len(chosen) < self._count:
             low, index, place = self._least()
             if (low, index) >= self._rest:
@@ -89,26 +92,23 @@ class _Greedy:
                 self._settle(place, at_once)
                 at_once *= 2  # so that none is settled in vain where all are equal, and all soon where all are near
             else:
-                chosen.append(self._choose(int(self._front_U[place]), place))
+                chosen.append(self._choose(place))
                 at_once = 1
         return torch.tensor(chosen, dtype=torch.int64, device=self._misses.z.device)
 
     def _least(self) -> tuple[float, int, int]:
         """Of those in front the least by (low, index), and its place there."""
-        if not len(self._front_U):
-            return torch.inf, NOBODY, NONE
         low = self._front.low.amin()
         place = self._front_next.masked_fill(self._front.low > low, NOBODY).argmin()
         return float(low), int(self._front_next[place]), int(place)
 
-    def _choose(self, u: int, place: int | None = None) -> int:
-        """The next of the misses equal to u, who becomes a center."""
+    def _choose(self, place: int) -> int:
+        """Makes a center of the one in front at `place`, or of its equal who is next."""
+        u = int(self._front_U[place])
         miss, is_new = self._queues.take(u)
-        if place is not None:
-            self._front_next[place] = self._queues.next_U[u]
+        self._front_next[place] = self._queues.next_U[u]
         if self._queues.next_U[u] == NOBODY:
-            for bounds, i in ((self._bounds, u), (self._front, place))[: 1 if place is None else 2]:
-                bounds.low[i] = bounds.high[i] = torch.inf
+            self._front.low[place] = self._front.high[place] = torch.inf
         if is_new:  # another of the same changes nobody's closeness
             row = self._row_U[u]
             for centers_nL, misses_ML in zip(self._centers, self._misses, strict=True):
@@ -256,22 +256,27 @@ class _Queues:
 
 
 def _first_equals(kernel: Kernel, misses: Descriptors) -> Tensor:
-    """Of each miss the index (M,) of the first that is to the kernel the same, to the last bit.
+    """Of each miss the index (M,) of the first that is the same to the kernel.
 
-    Two that share a hash by chance, with neither the first of the other, may count as different.
+    Where different misses share a hash by chance, equal ones may count as different, which costs time alone.
     """
-    m, width = len(misses.z), sum(x.shape[1] for x in misses)
-    odd_L = torch.randint(-(1 << 62), 1 << 62, (width,), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    odd_L = odd_L.to(misses.z.device)
-    chunks = torch.arange(m, device=odd_L.device).split(max(1, HASHED // width))
-    hash_M = torch.cat([(_looks(kernel, misses.rows(c)).view(torch.int32) * odd_L).sum(1) for c in chunks])
-    _, group_M = hash_M.unique(return_inverse=True)
-    first_M = torch.full_like(group_M, m).scatter_reduce_(0, group_M, torch.arange(m, device=odd_L.device), "amin")
-    first_M = first_M[group_M]
-    for c in _where(first_M != torch.arange(m, device=odd_L.device)).split(max(1, HASHED // width)):
+    index_M = torch.arange(len(misses.z), device=misses.z.device)
+    chunks = max(1, HASHED // sum(x.shape[1] for x in misses))
+    _, group_M = torch.cat([_hashes(_looks(kernel, misses.rows(c))) for c in index_M.split(chunks)]).unique(
+        return_inverse=True
+    )
+    first_M = index_M.clone().scatter_reduce_(0, group_M, index_M, "amin", include_self=False)[group_M]
+    for c in _where(first_M != index_M).split(chunks):
         same = (_looks(kernel, misses.rows(c)) == _looks(kernel, misses.rows(first_M[c]))).all(1)
         first_M[c] = torch.where(same, first_M[c], c)
     return first_M
+
+
+def _hashes(x_BL: Tensor) -> Tensor:
+    """A hash (B,) int64 of the bits of each row of float32: their sum with odd multipliers, modulo 2^64."""
+    generator = torch.Generator().manual_seed(0)
+    odd_L = torch.randint(-(1 << 62), 1 << 62, x_BL.shape[1:], generator=generator) * 2 + 1
+    return (x_BL.view(torch.int32) * odd_L.to(x_BL.device)).sum(1)
 
 
 def _looks(kernel: Kernel, misses: Descriptors) -> Tensor:
