@@ -6,9 +6,10 @@ the floor, which is next to nothing: about K ln(N / K) images of N for each cent
 score.
 
 - `_packed` lays the scales' vectors side by side, z and g of a scale next to each other, each padded by zeros to whole
-  chunks. It costs a copy of the block, one part in a hundred of the scan, and leaves the kernel one loop over chunks
-  with one matrix product in each, whatever the lengths. One loop, as the hardware's copies and products overlap within
-  a loop only; one product, as with two of them, or with an accumulator copied as it is, ptxas runs them one by one.
+  chunks: whatever the lengths, the kernel is one loop over chunks with one matrix product in each. The hardware's
+  copies and products overlap only within a loop, and two products in a step, a loop for each scale, or a loop over
+  tiles around it, made some version of Triton or ptxas wait for each product or spill registers. It costs a copy of
+  the block: 4 ms for the block below, much beside few centers, little beside thousands.
 - At the end of a vector the accumulator is used: `pcc` and `pfk-sum` multiply it by w_j / w_j+1, so that one
   accumulator serves all scales and a tile may be 128 x 256; scales are in ascending order of weight, so that no factor
   is above 1. `pfk` holds w_j rz_j, then adds its product with rg_j to the score: three accumulators, 192 registers a
@@ -16,8 +17,9 @@ score.
 - A tile's survivors become bits, 32 images a word; only where a word is not zero are slots of the centers' lists taken,
   by one atomic addition a center, and filled. The order in a list is that of the atomics: any.
 
-Not yet measured on a GPU. For Hopper (sm_90) it compiles to warp-group matrix products that are not waited for within
-the loop, without spilled registers (tests/pfk/test_fused.py). An estimate for 64,000 centers and 1,280,000 images of
+Not yet run on a GPU, so not measured. With Triton 3.6 and 3.8 it compiles for Hopper (sm_90a) to warp-group matrix
+products of which one stays in flight while the next is issued, without spilled registers (tests/pfk/test_fused.py). An
+estimate for 64,000 centers and 1,280,000 images of
 768 + 768 numbers: `pfk` is 2.5e14 operations, 0.25 s at the 989 TFLOP/s of an H100's data sheet; tiles of 128 x 128 do
 64 operations a byte read from the L2 cache, so that at 600 TFLOP/s it must give 9.4 TB/s, and it rather than the tensor
 cores may be the limit (128 x 256: 7 TB/s); from device memory 0.1 TB, 0.04 s.
@@ -69,16 +71,16 @@ class Tile(NamedTuple):
 TILES = {  # the first is the default; in the last of each, two programs share a multiprocessor
     "pfk": (Tile(128, 128, 64), Tile(128, 128, 128, stages=3), Tile(64, 128, 64, warps=4)),
     "linear": (Tile(128, 256, 64), Tile(128, 256, 64, stages=3), Tile(128, 128, 64, stages=3)),
-    "float32": (Tile(64, 64, 32, warps=4, stages=2),),
+    "float32": (Tile(32, 32, 32, warps=4, stages=2),),  # exact products, no tensor cores: for tests
 }
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether `survivors` runs there: an NVIDIA GPU with bfloat16 tensor cores, and Triton installed."""
+    """Whether `survivors` is for it: a Hopper GPU of NVIDIA, and Triton installed. Others it may suit, unproven."""
     device = torch.device(device)
     if triton is None or device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def error_bound(kernel: Kernel) -> float:
@@ -221,9 +223,10 @@ def _packed(kernel: Kernel, part: Descriptors, k: int) -> Tensor:
     if widths == list(kernel.lengths) and vectors == [(j, False) for j in range(len(widths))]:  # pcc: as it is
         z_NL = part.z.contiguous()
         return z_NL if z_NL.data_ptr() % 16 == 0 else z_NL.clone()
-    packed_NP = part.z.new_zeros(len(part.z), sum(widths))
-    for (j, is_g), column in zip(vectors, accumulate(widths, initial=0), strict=False):
-        packed_NP[:, column : column + kernel.lengths[j]] = part[is_g][:, kernel.spans[j]]
+    packed_NP = part.z.new_empty(len(part.z), sum(widths))
+    for (j, is_g), part_Np in zip(vectors, packed_NP.split(widths, dim=1), strict=True):
+        part_Np[:, : kernel.lengths[j]] = part[is_g][:, kernel.spans[j]]
+        part_Np[:, kernel.lengths[j] :] = 0
     return packed_NP
 
 
