@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raypfk.pfk import fused
 from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -30,6 +31,7 @@ GROUP = 16  # images whose largest score is compared first
 CLIPS = (1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the largest number of any center: tried as the largest of int8
 SAMPLE = 1024  # centers that they are tried on
 OUTLIER = 2.0  # a pool image that rounding moves this much farther than the median one is scanned in float32
+FUSED_CAPACITY = 256  # survivors of one center that the fused kernel lists
 U_BFLOAT16 = 2.0**-9
 
 
@@ -38,17 +40,19 @@ class Rounded:
     """Descriptors as a scan reads them: of each used scale a matrix (N, l) of z and, but for `pcc`, one of g.
 
     steps: the number that one unit of a matrix stands for. errors: per matrix (N,) float32, an upper bound on the
-    distance between a vector and what was kept of it.
+    distance between a vector and what was kept of it. whole: the descriptors that the matrices are slices of, if they
+    are.
     """
 
     precision: Precision
     matrices: tuple[Tensor, ...]
     steps: tuple[float, ...]
     errors: tuple[Tensor, ...]
+    whole: Descriptors | None = None
 
     def rows(self, index: slice | Tensor) -> "Rounded":
         matrices, errors = (tuple(x[index] for x in part) for part in (self.matrices, self.errors))
-        return Rounded(self.precision, matrices, self.steps, errors)
+        return Rounded(self.precision, matrices, self.steps, errors, self.whole and self.whole.rows(index))
 
 
 def used_scales(kernel: Kernel) -> list[tuple[slice, float]]:
@@ -65,28 +69,34 @@ def round_to(
     int8 is symmetric and has one step per matrix, so that scores of a whole tile share their unit; what lies beyond
     127 steps is clipped, and the vector's error says so.
     """
-    sources = [x[:, span] for span, _ in used_scales(kernel) for x in (part if kernel.name != "pcc" else part[:1])]
-    if precision == "int8" and steps is None:
-        steps = tuple(_step(x) for x in sources)
-    steps = steps if precision == "int8" else (1.0,) * len(sources)
-    dtype = torch.int8 if precision == "int8" else torch.bfloat16
-    if precision == "float32":
-        return Rounded(precision, tuple(sources), steps, tuple(x.new_zeros(len(x)) for x in sources))
-    matrices = tuple(x.new_empty(x.shape, dtype=dtype) for x in sources)
+    sources = _slices(kernel, part)
+    if precision == "int8":
+        return _round_to_int8(sources, steps or tuple(_step(x) for x in sources))
+    whole, errors = part, tuple(x.new_zeros(len(x)) for x in sources)
+    if precision == "bfloat16":
+        whole = part.to(torch.bfloat16)
+        errors = tuple(_length(x - y) for x, y in zip(sources, _slices(kernel, whole), strict=True))
+    return Rounded(precision, _slices(kernel, whole), (1.0,) * len(sources), errors, whole)
+
+
+def _slices(kernel: Kernel, part: Descriptors) -> tuple[Tensor, ...]:
+    return tuple(x[:, span] for span, _ in used_scales(kernel) for x in (part if kernel.name != "pcc" else part[:1]))
+
+
+def _length(x_Nl: Tensor) -> Tensor:
+    return x_Nl.norm(dim=1).mul_(1.0001)  # the norm is rounded, too
+
+
+def _round_to_int8(sources: tuple[Tensor, ...], steps: tuple[float, ...]) -> Rounded:
+    codes = tuple(torch.empty(x.shape, dtype=torch.int8, device=x.device) for x in sources)
     errors = tuple(x.new_zeros(len(x)) for x in sources)
-    for start in range(0, len(part.z), TILE_POOL):  # in pieces that stay in cache between the passes
-        for x, step, matrix, error in zip(sources, steps, matrices, errors, strict=True):
-            piece = slice(start, start + TILE_POOL)
-            if precision == "int8":
-                y = (x[piece] * (1 / step)).round_().clamp_(-127, 127)
-                matrix[piece].copy_(y)
-                left = torch.sub(x[piece], y, alpha=step)
-            else:
-                matrix[piece].copy_(x[piece])
-                left = x[piece] - matrix[piece]
-            torch.norm(left, dim=1, out=error[piece])
-    errors = tuple(e.mul_(1.0001) for e in errors)  # the norm is rounded, too
-    return Rounded(precision, matrices, steps, errors)
+    for start in range(0, len(sources[0]), TILE_POOL):  # in pieces that stay in cache between the passes
+        piece = slice(start, start + TILE_POOL)
+        for x, step, code, error in zip(sources, steps, codes, errors, strict=True):
+            y = (x[piece] * (1 / step)).round_().clamp_(-127, 127)
+            code[piece].copy_(y)
+            error[piece].copy_(_length(torch.sub(x[piece], y, alpha=step)))
+    return Rounded("int8", codes, steps, errors)
 
 
 def _step(x_Nl: Tensor) -> float:
@@ -120,11 +130,18 @@ def survivors(
     `floor_M` is read anew for every block. `factor_B` (B,) is in 0..1. `tight` bounds the correlations, which `pfk`
     multiplies a rounding error by, by what the block holds and not by 1: worth its cost where all of them are small.
     """
-    tile = _Tile(kernel, centers, pool, factor_B, tight)
+    if factor_B is None and pool.whole and fused.available(floor_M.device):
+        yield from _fused_survivors(kernel, centers, pool, floor_M)
+        return
+    yield from _block_survivors(_Tile(kernel, centers, pool, factor_B, tight), floor_M)
+
+
+def _block_survivors(tile: "_Tile", floor_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    tile.allocate()
     for start in range(0, tile.num_images, BLOCK_POOL):
         piece = slice(start, min(start + BLOCK_POOL, tile.num_images))
         tile.score(piece)
-        limit_M = tile.limit(floor_M, piece)
+        limit_M = tile.limit(floor_M, piece) / tile.unit
         group, row = (tile.tops[: -(-(piece.stop - start) // GROUP)] >= limit_M).nonzero(as_tuple=True)
         scores_HG = tile.scores.view(-1, GROUP, tile.num_centers)[group, :, row]
         hit, place = (scores_HG >= limit_M[row, None]).nonzero(as_tuple=True)
@@ -149,11 +166,15 @@ class _Tile:
         per = self.factors
         self.terms = [w * prod(self.units[i * per : (i + 1) * per]) for i, w in enumerate(self.weights)]
         self.unit = self.terms[0] or 1.0
-        codes = centers.matrices[0]
-        self._allocate(codes.device, torch.int32 if codes.dtype == torch.int8 else codes.dtype)
 
-    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
-        m, rows = self.num_centers, -(-min(BLOCK_POOL, self.num_images) // GROUP) * GROUP
+    def allocate(self) -> None:
+        """Makes the buffers that `score` works in."""
+        codes, m, rows = (
+            self.centers.matrices[0],
+            self.num_centers,
+            -(-min(BLOCK_POOL, self.num_images) // GROUP) * GROUP,
+        )
+        device, dtype = codes.device, torch.int32 if codes.dtype == torch.int8 else codes.dtype
         self.products = [torch.empty(TILE_POOL, m, dtype=dtype, device=device) for _ in range(self.factors)]
         self.floats = [torch.empty(TILE_POOL, m, device=device) for _ in range(self.factors)]
         self.scores, self.tops = torch.empty(rows, m, device=device), torch.empty(rows // GROUP, m, device=device)
@@ -207,7 +228,7 @@ class _Tile:
             pairs = zip(errors[::2], errors[1::2], reach[::2], reach[1::2], strict=True)
             errors = [r * b + s * a + a * b for a, b, r, s in pairs]
         margin_M = sum(w * error for w, error in zip(self.weights, errors, strict=True))
-        return (floor_M - margin_M - 2 * self.kernel.error_bound()) / self.unit
+        return floor_M - margin_M - 2 * self.kernel.error_bound()
 
     def _error(self, i: int, piece: slice) -> Tensor:
         """A bound on how far rounding moved a correlation: |z_m - ẑ_m| |z_n| + |ẑ_m| |z_n - ẑ_n| (Cauchy-Schwarz)."""
@@ -224,12 +245,33 @@ class _Tile:
         return (MAX_LENGTH + self.centers.errors[i]) * (MAX_LENGTH + self.pool.errors[i][piece].max())
 
 
-@lru_cache(maxsize=64)
-def fastest(kernel: Kernel, threads: int) -> Precision:
-    """The precision in which this processor scans fastest, by trial: some milliseconds, once per kernel and process.
+def _fused_survivors(
+    kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`survivors` by the fused kernel; centers with more of them than it lists go on in blocks."""
+    all_images = slice(0, len(pool.errors[0]))
+    limit_M = _Tile(kernel, centers, pool, None, False).limit(floor_M, all_images) - fused.error_bound(kernel)
+    count_M, cols_MC = fused.survivors(kernel, centers.whole, pool.whole, limit_M, FUSED_CAPACITY)
+    fits_M = count_M <= FUSED_CAPACITY
+    rows, slots = ((cols_MC >= 0) & fits_M[:, None]).nonzero(as_tuple=True)
+    yield rows, cols_MC[rows, slots].long()
+    more = (~fits_M).nonzero().squeeze(1)
+    for few in more.split(TILE_CENTERS) if len(more) else ():
+        tile = _Tile(kernel, centers.rows(few), pool, None, False)
+        for rows, cols in _block_survivors(tile, floor_M[few]):
+            yield few[rows], cols
 
-    `threads` is torch's number of threads. The result of a scan does not depend on the choice.
-    """
+
+def fastest(kernel: Kernel, device: torch.device) -> Precision:
+    """The precision in which a device scans fastest. The result does not depend on the choice."""
+    if device.type == "cpu":
+        return _fastest_on_cpu(kernel, torch.get_num_threads())
+    return "bfloat16" if fused.available(device) else "float32"
+
+
+@lru_cache(maxsize=64)
+def _fastest_on_cpu(kernel: Kernel, threads: int) -> Precision:
+    """By trial: some milliseconds, once per kernel and process."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * TILE_POOL, sum(kernel.lengths), generator=generator)
     part = Descriptors(x / x.norm(dim=1, keepdim=True), x / x.norm(dim=1, keepdim=True))

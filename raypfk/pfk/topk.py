@@ -18,6 +18,8 @@ from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
 
 HEAD = 4096  # images whose scores give an empty state its first floors
 SEGMENT = 1 << 16  # images scanned against the same floors
+BLOCK_CENTERS = 1024  # centers of a first block
+TILE_CENTERS = {"cpu": scan.TILE_CENTERS}  # centers scanned at once: for a core's cache, or to fill a GPU
 SMALL = 1 << 22  # pairs for which low precision is not worth its preparation
 BUDGETS = (1 / 512, 1 / 64)  # of a tile's pairs that may be left to rescore: with loose error bounds, with tight ones
 ENTRIES = 1 << 19  # candidates rescored and merged at once: bounds memory when nearly all scores tie
@@ -165,7 +167,7 @@ class TopK:
             size = max(HEAD, 2 * self._keys_MK.shape[1]) if cold else min(SEGMENT, max(HEAD, self._seen + start))
             segment = part.images(slice(start, start + size))
             if cold:
-                for tile in torch.arange(len(rows), device=rows.device).split(4 * scan.TILE_CENTERS):
+                for tile in torch.arange(len(rows), device=rows.device).split(BLOCK_CENTERS):
                     self._add_block(segment.centers_of(tile))
             else:
                 self._add_segment(segment, low)
@@ -175,8 +177,8 @@ class TopK:
         """The centers in the precision to scan in, or None for float32."""
         precision = self._precision
         if precision == "auto":
-            worth = len(part.rows) * len(part.keys) >= SMALL and part.keys.device.type == "cpu" and part.factor is None
-            precision = scan.fastest(part.kernel, torch.get_num_threads()) if worth else "float32"
+            worth = len(part.rows) * len(part.keys) >= SMALL and part.factor is None
+            precision = scan.fastest(part.kernel, part.keys.device) if worth else "float32"
         return None if precision == "float32" else scan.round_to(part.kernel, precision, part.centers)
 
     def _floor(self, rows: Tensor) -> Tensor:
@@ -196,7 +198,8 @@ class TopK:
         self._settle(part, flat_E // len(part.keys), flat_E % len(part.keys))
 
     def _add_segment(self, part: "_Part", low: scan.Rounded | None) -> None:
-        tiles = torch.arange(len(part.rows), device=part.rows.device).split(scan.TILE_CENTERS)
+        device = part.rows.device
+        tiles = torch.arange(len(part.rows), device=device).split(TILE_CENTERS.get(device.type, 1 << 16))
         exact = scan.round_to(part.kernel, "float32", part.pool)
         if low is None:
             for tile in tiles:

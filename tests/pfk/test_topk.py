@@ -43,7 +43,7 @@ def test_top_k_is_the_sorted_list_of_exact_scores(kernel, m, n, k, seed):
 
 
 SMALL_TILES = {"TILE_CENTERS": 3, "TILE_POOL": 4, "BLOCK_POOL": 8, "GROUP": 2}
-SMALL_PARTS = {"HEAD": 5, "SEGMENT": 11, "ENTRIES": 5, "SMALL": 0}
+SMALL_PARTS = {"TILE_CENTERS": {"cpu": 3}, "BLOCK_CENTERS": 4, "HEAD": 5, "SEGMENT": 11, "ENTRIES": 5, "SMALL": 0}
 precisions = st.sampled_from(scan.PRECISIONS)
 
 
@@ -91,6 +91,23 @@ def test_floors_leave_what_reaches_them(kernel, precision, m, n, k, seed):
         top.add(kernel, centers, pool, torch.arange(n))
     low = scores < floor[:, None]
     assert same(top.result(), (scores.masked_fill(low, -torch.inf), keys.masked_fill(low, -1)))
+
+
+@quick
+@given(
+    kernels, st.sampled_from(["float32", "bfloat16"]), st.integers(1, 8), st.integers(1, 60), st.integers(1, 9), seeds
+)
+def test_the_fused_kernels_lists_lead_to_the_same_result(kernel, precision, m, n, capacity, seed):
+    """As on a GPU, where survivors come in lists of a few and what does not fit is scanned in blocks: the same bits."""
+    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
+    expected = whole(kernel, centers, pool, torch.arange(n), 4)
+    top = TopK(m, 4, precision=precision)
+    with small_tiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "FUSED_CAPACITY", capacity)
+        patch.setattr(scan.fused, "available", lambda device: True)
+        patch.setattr(scan.fused, "survivors", scan.fused.survivors_torch)
+        top.add(kernel, centers, pool, torch.arange(n))
+    assert same(top.result(), expected)
 
 
 @quick
