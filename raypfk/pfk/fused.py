@@ -9,7 +9,7 @@ score.
   chunks: whatever the lengths, the kernel is one loop over chunks with one matrix product in each. The hardware's
   copies and products overlap only within a loop, and two products in a step, a loop for each scale, or a loop over
   tiles around it, made some version of Triton or ptxas wait for each product or spill registers. It costs a copy of
-  the block: 4 ms for the block below, much beside few centers, little beside thousands.
+  the block, by estimate 4 ms for the one below: much beside few centers, little beside thousands.
 - At the end of a vector the accumulator is used: `pcc` and `pfk-sum` multiply it by w_j / w_j+1, so that one
   accumulator serves all scales and a tile may be 128 x 256; scales are in ascending order of weight, so that no factor
   is above 1. `pfk` holds w_j rz_j, then adds its product with rg_j to the score: three accumulators, 192 registers a
@@ -19,10 +19,10 @@ score.
 
 Not yet run on a GPU, so not measured. With Triton 3.6 and 3.8 it compiles for Hopper (sm_90a) to warp-group matrix
 products of which one stays in flight while the next is issued, without spilled registers (tests/pfk/test_fused.py). An
-estimate for 64,000 centers and 1,280,000 images of
-768 + 768 numbers: `pfk` is 2.5e14 operations, 0.25 s at the 989 TFLOP/s of an H100's data sheet; tiles of 128 x 128 do
-64 operations a byte read from the L2 cache, so that at 600 TFLOP/s it must give 9.4 TB/s, and it rather than the tensor
-cores may be the limit (128 x 256: 7 TB/s); from device memory 0.1 TB, 0.04 s.
+estimate for 64,000 centers and 1,280,000 images of 768 + 768 numbers: `pfk` is 2.5e14 operations, 0.25 s at the 989
+TFLOP/s of an H100's data sheet; tiles of 128 x 128 do 64 operations a byte read from the L2 cache, so that at 600
+TFLOP/s it must give 9.4 TB/s, and it rather than the tensor cores may be the limit (128 x 256: 7 TB/s); from device
+memory 0.1 TB, 0.04 s.
 
 Shapes: M centers, B pool images, C capacity, L = sum of L_j descriptor length, P the same padded; in a tile m centers,
 n images, k numbers, w words of bits.
