@@ -1,11 +1,12 @@
 """The mathematics of Fisher-kernel active learning, in torch alone (Gudovskiy et al., CVPR 2020, section 4).
 
-descriptors (z, g) -> labels (S) -> kernel -> topk (candidates), with centers and acquire around it; `reference` says
-the same in float64 loops.
+descriptors (z, g) -> labels (S) -> kernel -> topk (candidates), with centers and acquire around it; `compress` makes
+descriptors smaller; `reference` says the same in float64 loops.
 """
 
 from raypfk.pfk.acquire import Picks, merge_picks, rank_by_rank
 from raypfk.pfk.centers import greedy_k_center
+from raypfk.pfk.compress import dequantise, principal_directions, project, quantise
 from raypfk.pfk.descriptors import TapReader, features, fisher_scores, lengths, spatial_mean, standardise
 from raypfk.pfk.kernel import Descriptors, Kernel, scale_weights
 from raypfk.pfk.labels import neighbour, predicted
@@ -18,6 +19,7 @@ __all__ = [
     "TapReader",
     "TopK",
     "Votes",
+    "dequantise",
     "features",
     "fisher_scores",
     "greedy_k_center",
@@ -25,6 +27,9 @@ __all__ = [
     "merge_picks",
     "neighbour",
     "predicted",
+    "principal_directions",
+    "project",
+    "quantise",
     "rank_by_rank",
     "scale_weights",
     "spatial_mean",

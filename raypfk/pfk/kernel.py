@@ -3,6 +3,7 @@
 Shapes: M centers, B pool images, L = sum of L_j descriptor length, Q pairs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,12 +55,13 @@ class Kernel:
     """A match kernel. rz_j and rg_j are the correlations of features and of Fisher scores in scale j:
 
     `pcc` sum_j w_j rz_j (eq. 6); `pfk` sum_j w_j rz_j rg_j (eq. 11, 12); `pfk-sum` sum_j w_j (rz_j + rg_j), what the
-    authors' program computes. `lengths` are the L_j. Raises ValueError for an unknown name or weight kind.
+    authors' program computes. `lengths` are the L_j. `weight` is a kind, or the w_j themselves (of descriptors that
+    were projected: theirs before). Raises ValueError for an unknown name or weight kind, or w_j that do not fit.
     """
 
     name: KernelName
     lengths: tuple[int, ...]
-    weight: WeightKind = "length"
+    weight: WeightKind | tuple[float, ...] = "length"
 
     def __post_init__(self):
         if self.name not in ("pcc", "pfk", "pfk-sum"):
@@ -70,7 +72,12 @@ class Kernel:
     @cached_property
     def weights(self) -> tuple[float, ...]:
         """w_j of each scale."""
-        return scale_weights(self.lengths, self.weight)
+        if isinstance(self.weight, str):
+            return scale_weights(self.lengths, self.weight)
+        check_lengths(self.lengths)
+        if len(self.weight) != len(self.lengths) or not all(0 <= w < math.inf for w in self.weight):
+            raise ValueError(f"expected {len(self.lengths)} weights of 0 or more, got {self.weight}")
+        return tuple(map(float, self.weight))
 
     @cached_property
     def spans(self) -> list[slice]:

@@ -105,3 +105,17 @@ def test_unknown_names_are_refused():
     for arguments in [("cosine", (3,)), ("pfk", (3,), "none"), ("pfk", ()), ("pfk", (0, 3))]:
         with pytest.raises(ValueError, match="expected"):
             Kernel(*arguments)
+
+
+def test_weights_can_be_given():
+    """The w_j of a kind, given as numbers, score alike; as many as scales are wanted, none negative or infinite."""
+    kernel = Kernel("pfk", (3, 4, 2))
+    given = Kernel("pfk", (3, 4, 2), kernel.weights)
+    centers = descriptors(5, kernel.lengths, 1)
+    rows = torch.arange(5)
+    assert given.weights == (2.0, 3.0, 1.0) and given.error_bound() == kernel.error_bound()
+    assert torch.equal(given.block(centers, centers), kernel.block(centers, centers))
+    assert torch.equal(given.pairs(centers, centers, rows, rows), kernel.pairs(centers, centers, rows, rows))
+    for wrong in ((1.0, 2.0), (1.0, -1.0, 0.0), (1.0, float("nan"), 0.0), (1.0, float("inf"), 0.0)):
+        with pytest.raises(ValueError, match="expected 3 weights of 0 or more"):
+            Kernel("pfk", (3, 4, 2), wrong)
