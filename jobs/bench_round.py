@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python jobs/… puts jobs/ there, not the repository
 
 from raypfk import config as configs
-from raypfk import loop, pfk, session, store
+from raypfk import descriptor_files, loop, pfk, session, store
 from raypfk.run import Run
-from raypfk.schema import RoundDir, matrix
+from raypfk.schema import RoundDir
 from raypfk.stages import extract, score
 from raypfk.stages.acquire import pick
 from raypfk.stages.stream import Decoder, network_of
@@ -105,19 +105,24 @@ def _plain(run: Run, network, scratch: str) -> dict:
     files, timer = RoundDir(store.join(scratch, "plain"), 1), _Arithmetic()
     shutil.rmtree(files.root, ignore_errors=True)
     start = time.perf_counter()
-    _describe(run, network, "validation", "true", None, files.validation_parts, timer)
+    full, directions = descriptor_files.full_origin(run, network.weights), descriptor_files.directions_of(run, 1)
+    origin = descriptor_files.stored_origin(run, full, directions)
+    recipe = extract.recipe_for(run, "true")
+    _describe(run, network, "validation", recipe, full, files.validation_parts, timer)
     parts = [store.read_table(store.join(files.validation_parts, s.name)) for s in run.pool.shards("validation")]
     validation = pa.concat_tables(parts).combine_chunks()
     missed = validation["predicted"].to_numpy() != validation["label"].to_numpy()
     with timer:
-        mask = extract.choose_centers(run, 1, validation, missed)
-    reference = matrix(validation["features"]), validation["label"].to_numpy()
-    _describe(run, network, "pool", "neighbour", reference, files.descriptors, timer)
+        described = descriptor_files.decode(validation, full)
+        mask = extract.choose_centers(run, 1, described, missed)
+    reference = described.z.numpy(), validation["label"].to_numpy()
+    recipe = extract.recipe_for(run, "neighbour", reference, directions)
+    _describe(run, network, "pool", recipe, origin, files.descriptors, timer)
     centers = validation.filter(pa.array(mask))
     paths = [store.join(files.descriptors, s.name) for s in run.pool.shards("pool")]
-    scorer = score.Scorer(
-        run, run.kernel(), *(matrix(centers[c]) for c in ("features", "fisher")), torch.get_num_threads()
-    )
+    held = described.rows(torch.from_numpy(mask))
+    held = directions.project(held) if directions else held
+    scorer = score.Scorer(run, run.stored_kernel(), origin, *(x.numpy() for x in held), torch.get_num_threads())
     top = pfk.TopK(centers.num_rows, run.config.top_k)
     for chunk in enumerate(paths):
         with timer:
@@ -127,10 +132,10 @@ def _plain(run: Run, network, scratch: str) -> dict:
     return {"seconds": time.perf_counter() - start, "arithmetic": timer.seconds, "selection": selection}
 
 
-def _describe(run: Run, network, split: str, estimator: str, reference, out: str, timer) -> None:
-    columns = ("image_id", "image", "label") if estimator == "true" else ("image_id", "image")
+def _describe(run: Run, network, split: str, recipe: extract.Recipe, origin, out: str, timer) -> None:
+    columns = ("image_id", "image", "label") if recipe.estimator == "true" else ("image_id", "image")
     decoder = Decoder(run.pool, run.image, columns)
-    describer = extract.Describer(network, extract.recipe_for(run, estimator, reference), out, run.id)
+    describer = extract.Describer(network, recipe, out, run.id, origin)
     describer._describe = timer.around(describer._describe)
     for shard in run.pool.shards(split):
         describer(decoder({"item": np.array([shard], object)}))

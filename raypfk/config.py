@@ -104,6 +104,15 @@ class ModelConfig(Section):
     """Images per forward pass of extraction and evaluation. Part of the run: a batch's shape decides its rounding."""
 
 
+class DescriptorsConfig(Section):
+    """How the pool's descriptors are stored (section 4.1); the validation set's are float32, in full."""
+
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    """Of a number; int8 is relative to the largest of its scale. docs/storage.md: what each does to a selection."""
+    pca: Positive | None = None
+    """Numbers kept of each scale's features and of its Fisher scores, along the validation set's main directions."""
+
+
 class TrainConfig(Section):
     epochs: Positive
     batch_size: Positive
@@ -161,6 +170,7 @@ class Config(Section):
     strategy: Literal[STRATEGIES] = "pfk"
     label_estimator: Literal["true", "predicted", "neighbour"] = "neighbour"
     scale_weight: Literal["length", "length-squared", "equal"] = "length"
+    descriptors: DescriptorsConfig = DescriptorsConfig()
     budget: Positive
     """P, images bought per round."""
     rounds: Positive = 10

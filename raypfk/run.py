@@ -128,7 +128,18 @@ class Run:
         return models.check_taps(net, model.taps, image.channels, image.size)
 
     def kernel(self) -> Kernel:
+        """Of descriptors in full."""
         return Kernel(self.config.strategy, self.lengths, self.config.scale_weight)
+
+    @property
+    def stored_lengths(self) -> tuple[int, ...]:
+        """Numbers that a pool image's descriptor keeps of each scale: L_j, or fewer with `descriptors.pca`."""
+        dims = self.config.descriptors.pca
+        return self.lengths if dims is None else tuple(min(dims, length) for length in self.lengths)
+
+    def stored_kernel(self) -> Kernel:
+        """Of descriptors as stored: a scale weighs what it weighs in full."""
+        return Kernel(self.config.strategy, self.stored_lengths, self.kernel().weights)
 
     def seed(self, *names: str | int) -> int:
         """A seed below 2^63 for one use of randomness, the same wherever it is asked for."""
@@ -137,7 +148,8 @@ class Run:
 
 
 def stamp(table: pa.Table, run_id: str) -> pa.Table:
-    return table.replace_schema_metadata({"raypfk.run": run_id})
+    """The table as this run's; what else its metadata says stays."""
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), b"raypfk.run": run_id})
 
 
 def open_pool(config: Config, uri: str) -> Pool:

@@ -143,14 +143,15 @@ def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | N
     return table
 
 
-def encode_table(table: pa.Table, compression: str = "zstd") -> pa.Buffer:
+def encode_table(table: pa.Table, compression: str | dict[str, str] = "zstd", **options: Any) -> pa.Buffer:
+    """The table as a Parquet file's bytes. options: of `pyarrow.parquet.write_table`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=compression, write_page_checksum=True)
+    pq.write_table(table, sink, compression=compression, write_page_checksum=True, **options)
     return sink.getvalue()
 
 
-def write_table(uri: str, table: pa.Table, compression: str = "zstd") -> None:
-    write_bytes(uri, encode_table(table, compression))
+def write_table(uri: str, table: pa.Table, compression: str | dict[str, str] = "zstd", **options: Any) -> None:
+    write_bytes(uri, encode_table(table, compression, **options))
 
 
 def sha256(data: bytes | memoryview | pa.Buffer) -> str:

@@ -6,12 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import torch
 
-from raypfk import loop, models, status, store
+from raypfk import descriptor_files, loop, models, status, store
 from raypfk.errors import RunError, UserError, WaitingForLabels
+from raypfk.pfk import TopK
 from raypfk.run import Run
-from raypfk.schema import CANDIDATES, LABELS, SELECTION, descriptors, matrix
-from raypfk.stages import extract
+from raypfk.schema import CANDIDATES, LABELS, SELECTION, descriptors
+from raypfk.stages import acquire, extract, score
 from raypfk.stages.acquire import pick
 from tests import tiny
 
@@ -30,7 +32,7 @@ def test_every_file_of_the_contract_is_there(finished):
     for number in (1, 2):
         files = finished.round(number)
         for shard in finished.pool.shards("pool"):
-            table = finished.read(store.join(files.descriptors, shard.name), descriptors(length))
+            table = finished.read(store.join(files.descriptors, shard.name), descriptors(length))  # float32
             assert table.column_names == ["image_id", "features", "fisher", "predicted", "estimated_label"]
         finished.read(files.validation, descriptors(length, validation=True))
         for path, schema in ((files.candidates, CANDIDATES), (files.selection, SELECTION), (files.labels, LABELS)):
@@ -88,12 +90,12 @@ def test_centers_are_misses_and_every_choice_names_its_center(finished):
 
 def test_descriptors_are_unit_length_per_scale(finished):
     """Every scale of every stored vector has length 1 or, where it had no spread, 0; a dot product is a correlation."""
-    table = finished.read(finished.round(2).validation)
-    for name in ("features", "fisher"):
-        for part in np.split(matrix(table[name]), np.cumsum(finished.lengths)[:-1], axis=1):
-            norms = np.linalg.norm(part, axis=1)
-            assert ((np.abs(norms - 1) < 1e-5) | (norms == 0)).all()
-            assert np.abs(part.sum(1)).max() < 1e-4
+    _, described, _ = descriptor_files.read_validation(finished, 2)
+    for x in described:
+        for part in x.split(finished.lengths, dim=1):
+            norms = part.norm(dim=1)
+            assert (((norms - 1).abs() < 1e-5) | (norms == 0)).all()
+            assert part.sum(1).abs().max() < 1e-4
 
 
 def test_a_finished_run_is_not_done_again(finished):
@@ -148,20 +150,38 @@ def test_the_selection_does_not_depend_on_shards_or_actors(finished, tmp_path, c
     assert tiny.select(tmp_path / "run", **changes) == selection
 
 
-def test_the_selection_does_not_depend_on_the_order_of_the_pool(finished, tmp_path):
-    """Descriptors shuffled over all shards and within them: the same candidates' scores and the same images."""
-    run = tiny.begin(tiny.config(), tmp_path / "run")
-    loop.do_stage(run, 1, "extract")
-    paths = store.paths(run.round(1).descriptors)
-    everything = pa.concat_tables(run.read(path) for path in paths)
-    order = np.random.default_rng(0).permutation(everything.num_rows)
-    for path, rows in zip(paths, np.array_split(order, len(paths)), strict=True):
-        run.write(path, everything.take(pa.array(rows)))
-    loop.do_stage(run, 1, "score")
-    picked = pick(run.read(run.round(1).candidates), 12)
+def test_the_selection_does_not_depend_on_the_order_of_arrival(finished):
+    """Shards scored last first, a few at a time: the same candidates' scores and the same images."""
+    centers, described, origin = descriptor_files.read_centers(finished, 1)
+    paths = [store.join(finished.round(1).descriptors, s.name) for s in finished.pool.shards("pool")]
+    scorer = score.Scorer(finished, finished.stored_kernel(), origin, *(x.numpy() for x in described), 1)
+    top = TopK(centers.num_rows, 4)
+    for shards in np.array_split(np.arange(len(paths))[::-1], 3):
+        scores, keys, _ = scorer.score([(int(i), paths[i]) for i in shards], 4)
+        top.merge(TopK.of(torch.from_numpy(scores), torch.from_numpy(keys)))
+    picked = pick(score.candidates_table(top, centers, paths), 12)
     selection = finished.read(finished.round(1).selection)
     for column in ("image_id", "center_id", "rank", "score"):
         assert picked[column].to_pylist() == selection[column].to_pylist()
+
+
+@pytest.mark.parametrize(("dtype", "pca"), [("float16", None), ("bfloat16", None), ("int8", None), ("int8", 6)])
+def test_every_storage_selects_the_budget(finished, tmp_path, dtype, pca):
+    """Narrow and projected descriptors go through the same stages, and select mostly what float32 does.
+
+    Files are of the size they promise; the validation set, its centers and the estimated labels are float32's.
+    """
+    out = str(tmp_path / "run")
+    chosen = tiny.select(out, descriptors={"dtype": dtype, "pca": pca})
+    run, there = Run.open(out), finished.read(finished.round(1).selection)["image_id"].to_pylist()
+    assert len(set(chosen)) == 12 and len(set(chosen) & set(there)) >= (6 if pca else 10)
+    assert store.exists(run.round(1).directions) == (pca is not None)
+    width = sum(min(pca or 80, length) for length in run.lengths)
+    for name in store.names(run.round(1).descriptors):
+        table = run.read(store.join(run.round(1).descriptors, name), descriptors(width, dtype))
+        there = finished.read(store.join(finished.round(1).descriptors, name))
+        assert table["estimated_label"] == there["estimated_label"] and table["image_id"] == there["image_id"]
+    assert run.read(run.round(1).validation) == finished.read(finished.round(1).validation)
 
 
 def test_a_descriptor_shard_that_nobody_sees_stops_the_run(tmp_path):
@@ -171,7 +191,38 @@ def test_a_descriptor_shard_that_nobody_sees_stops_the_run(tmp_path):
     lost = store.names(run.round(1).descriptors)[2]
     store.delete(store.join(run.round(1).descriptors, lost))
     with pytest.raises(RunError, match=f"{lost}: absent, though 128 images were described"):
-        extract._complete_empty(run, 1, [])
+        extract._complete_empty(run, 1, [], descriptor_files.read_centers(run, 1)[2])
+
+
+def test_a_shard_that_is_lost_or_damaged_is_named_and_alone_made_anew(finished, tmp_path):
+    """Gone or truncated when it is scored: named, no candidates, the others kept; made again, the same selection."""
+    run = tiny.begin(tiny.config(), tmp_path / "run")
+    loop.do_stage(run, 1, "extract")
+    files = run.round(1)
+    whole, bad = store.paths(files.descriptors), store.paths(files.descriptors)[2]
+    half = store.read_bytes(bad)[:5000]
+    for damage, message in ((store.delete, "no such file"), (lambda p: store.write_bytes(p, half), "a whole Parquet")):
+        damage(bad)
+        with pytest.raises(UserError, match=f"{bad}: .*{message}"):
+            loop.do_stage(run, 1, "score")
+        assert not store.exists(files.candidates) and not run.done(1, "score")
+    store.delete(bad)
+    store.delete(files.marker("extract"))
+    before = _times(files.descriptors)
+    for stage in ("extract", "score", "acquire"):
+        loop.do_stage(run, 1, stage)
+    after = _times(files.descriptors)
+    assert store.paths(files.descriptors) == whole and {k: after[k] for k in before} == before
+    assert run.read(files.selection) == finished.read(finished.round(1).selection)
+
+
+def test_a_selected_image_that_the_pool_does_not_hold_is_refused(finished, tmp_path):
+    """An id within its shard's range that no pool image has: named before anybody is asked to label it."""
+    picked = pick(finished.read(finished.round(1).candidates), 3)
+    stray = picked["image_id"][1].as_py() + "x"
+    ids = pa.array([picked["image_id"][0].as_py(), stray, picked["image_id"][2].as_py()])
+    with pytest.raises(UserError, match=f"no image '{stray}', which was selected"):
+        acquire._with_estimates(finished, 1, picked.set_column(0, "image_id", ids))
 
 
 def test_a_shard_whose_images_are_all_labelled_is_done(tmp_path):

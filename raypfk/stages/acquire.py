@@ -2,6 +2,7 @@
 
 import hashlib
 import heapq
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -9,9 +10,13 @@ import pyarrow.compute as pc
 import torch
 
 from raypfk import pfk, progress, store
+from raypfk.errors import UserError
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, SELECTION
+from raypfk.stages.pool import Shard
 from raypfk.stages.score import score
+
+_READERS = 16
 
 
 def acquire(run: Run, round: int) -> dict:
@@ -64,17 +69,34 @@ def pick(candidates: pa.Table, budget: int) -> pa.Table:
 
 
 def _with_estimates(run: Run, round: int, picked: pa.Table) -> pa.Table:
-    """The selection: each pick with its position and the label that was estimated for it."""
-    columns = ["image_id", "estimated_label"]
+    """The selection: each pick with its position and the label that was estimated for it.
+
+    UserError for a pick that the pool, or its descriptor shard, does not hold (any more).
+    """
     shards = run.pool.locate(picked["image_id"].to_pylist())
-    folder = run.round(round).descriptors
-    tables = [store.read_table(store.join(folder, s.name), columns) for s in shards]
-    known = pa.concat_tables(t.replace_schema_metadata() for t in tables) if tables else None
-    estimates = (
-        known["estimated_label"].take(pc.index_in(picked["image_id"], known["image_id"])) if tables else pa.array([])
-    )
+    folder, columns = run.round(round).descriptors, ["image_id", "estimated_label"]
+
+    def read(shard: Shard) -> tuple[pa.Table, pa.Table]:
+        described = run.read(store.join(folder, shard.name), columns=columns)
+        return run.pool.read_shard(shard, ["image_id"]), described.replace_schema_metadata()
+
+    with ThreadPoolExecutor(_READERS) as threads:
+        found = list(threads.map(read, shards))
+    if not found:
+        estimates = pa.array([], pa.int64())
+    else:
+        pool, described = (pa.concat_tables(tables) for tables in zip(*found, strict=True))
+        _row_of(picked["image_id"], pool["image_id"], run.pool.uri)
+        estimates = described["estimated_label"].take(_row_of(picked["image_id"], described["image_id"], folder))
     table = picked.append_column("position", pa.array(np.arange(picked.num_rows, dtype=np.int32)))
     return table.append_column("estimated_label", estimates).select(SELECTION.names).cast(SELECTION)
+
+
+def _row_of(ids: pa.ChunkedArray, known: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    rows = pc.index_in(ids, known)
+    if rows.null_count:
+        raise UserError(f"{where}: no image {ids.filter(pc.is_null(rows))[0].as_py()!r}, which was selected")
+    return rows
 
 
 def _random(run: Run, round: int) -> pa.Table:

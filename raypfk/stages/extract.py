@@ -12,15 +12,13 @@ import pyarrow as pa
 import ray
 import torch
 
-from raypfk import pfk, progress, store
+from raypfk import descriptor_files, pfk, progress, store
+from raypfk.descriptor_files import Directions, Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TapReader
-from raypfk.run import ImageSpec, Run, stamp
+from raypfk.run import ImageSpec, Run
 from raypfk.schema import descriptors as descriptor_schema
-from raypfk.schema import fixed_lists, matrix
 from raypfk.stages.stream import Decoder, Maybe, NetworkSpec, batches, network_of, through_actors, value
-
-DESCRIPTOR_COMPRESSION = "none"  # standardised float32 is noise to a compressor
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Recipe:
 
     estimator: "true", "predicted" or "neighbour". fisher: False leaves the Fisher scores zero and costs no backward.
     reference: for "neighbour", the validation set's features (M, L) float32 and labels (M,) int64.
+    directions: if given, descriptors are projected on them once the label is estimated.
     """
 
     taps: tuple[str, ...]
@@ -37,15 +36,16 @@ class Recipe:
     batch_size: int
     image: ImageSpec
     reference: tuple[Maybe, Maybe] | None = None
+    directions: Directions | None = None
 
 
 class Describer:
-    """Actor: a shard's decoded images in, one descriptor shard of the same name written to `out`."""
+    """Actor: a shard's decoded images in, one descriptor shard of the same name written to `out` as `origin` says."""
 
-    def __init__(self, network: NetworkSpec, recipe: Recipe, out: str, run_id: str):
+    def __init__(self, network: NetworkSpec, recipe: Recipe, out: str, run_id: str, origin: Origin):
         net, self.device = network.load()
         self.reader = TapReader(net, recipe.taps)
-        self.recipe, self.out, self.run_id = recipe, out, run_id
+        self.recipe, self.out, self.run_id, self.origin = recipe, out, run_id, origin
         if recipe.reference:
             self.reference = tuple(torch.from_numpy(value(held).copy()).to(self.device) for held in recipe.reference)
 
@@ -61,19 +61,18 @@ class Describer:
         z, g, predicted, estimated = (np.concatenate(column) for column in zip(*parts, strict=True))
         columns = {
             "image_id": pa.array(shard["image_id"], pa.string()),
-            "features": fixed_lists(z),
-            "fisher": fixed_lists(g),
             "predicted": predicted,
             "estimated_label": estimated,
         }
         if "label" in shard:
             columns["label"] = shard["label"]
-        name = shard["shard"][0]
-        store.write_table(store.join(self.out, name), stamp(pa.table(columns), self.run_id), DESCRIPTOR_COMPRESSION)
+        described = Descriptors(torch.from_numpy(z), torch.from_numpy(g))
+        table = descriptor_files.encode(columns, described, self.origin)
+        descriptor_files.write(store.join(self.out, shard["shard"][0]), table, self.run_id, self.origin)
         return {"rows": np.array([rows]), "began": np.array([began])}
 
     def _describe(self, x: torch.Tensor, count: int, labels: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """features (count, L), Fisher scores (count, L), predicted (count,), estimated (count,) of one padded batch."""
+        """Features and Fisher scores (count, L or fewer), predicted and estimated (count,) of one padded batch."""
         recipe = self.recipe
         logits, taps = self.reader(x)
         lengths = pfk.lengths(taps)
@@ -89,6 +88,8 @@ class Describer:
             g = pfk.standardise(pfk.fisher_scores(logits, taps, estimated), lengths)
         else:
             g = torch.zeros_like(z)
+        if recipe.directions:
+            z, g = recipe.directions.project(Descriptors(z, g))
         return tuple(t[:count].detach().cpu().numpy() for t in (z, g, predicted, estimated))
 
 
@@ -98,36 +99,38 @@ def extract(run: Run, round: int) -> dict:
         return {"skipped": "the strategy needs no descriptors", "forward": 0, "backward": 0}
     network = network_of(run, round - 1)
     facts = {"forward": 0, "backward": 0, "startup_seconds": 0.0}
-    validation = _validation(run, round, network, facts)
+    validation, described, full = _validation(run, round, network, facts)
+    directions = descriptor_files.fit_directions(run, round, described)
     reference = None
     if run.config.label_estimator == "neighbour":
-        reference = ray.put(matrix(validation["features"])), ray.put(validation["label"].to_numpy())
+        reference = ray.put(described.z.numpy()), ray.put(validation["label"].to_numpy())
     labelled, rejects = run.labelled(round)["image_id"], run.round(round).rejects("pool")
     columns = ("image_id", "image", "label") if run.config.label_estimator == "true" else ("image_id", "image")
     decoder = Decoder(run.pool, run.image, columns, drop=ray.put(labelled.combine_chunks()), rejects=rejects)
-    recipe = recipe_for(run, run.config.label_estimator, reference)
-    _describe_split(run, "pool", decoder, network, recipe, run.round(round).descriptors, facts)
-    rejected = _complete_empty(run, round, labelled.to_pylist())
+    recipe = recipe_for(run, run.config.label_estimator, reference, directions)
+    origin = descriptor_files.stored_origin(run, full, directions)
+    _describe_split(run, "pool", decoder, network, recipe, run.round(round).descriptors, origin, facts)
+    rejected = _complete_empty(run, round, labelled.to_pylist(), origin)
     facts["forward"] = validation.num_rows + run.pool.rows("pool") - len(labelled) - rejected
     facts["backward"] = facts["forward"] if recipe.fisher else 0
     return facts | {"rejected": rejected}
 
 
-def recipe_for(run: Run, estimator: str, reference=None) -> Recipe:
-    config = run.config
-    needs_fisher = config.strategy != "pcc"
-    return Recipe(tuple(config.model.taps), estimator, needs_fisher, config.model.batch_size, run.image, reference)
+def recipe_for(run: Run, estimator: str, reference=None, directions: Directions | None = None) -> Recipe:
+    model, needs_fisher = run.config.model, run.config.strategy != "pcc"
+    return Recipe(tuple(model.taps), estimator, needs_fisher, model.batch_size, run.image, reference, directions)
 
 
-def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> pa.Table:
+def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> tuple[pa.Table, Descriptors, Origin]:
     """validation.parquet: descriptors of the whole validation set, its misses, and the centers among them."""
     files = run.round(round)
     if store.exists(files.validation):
-        return run.read(files.validation)
+        return descriptor_files.read_validation(run, round, network.weights)
     # Of a validation image the true label is known; weak supervision (`predicted`) assumes only right or wrong.
     estimator = "predicted" if run.config.label_estimator == "predicted" else "true"
     decoder = Decoder(run.pool, run.image, ("image_id", "image", "label"), rejects=files.rejects("validation"))
-    _describe_split(run, "validation", decoder, network, recipe_for(run, estimator), files.validation_parts, facts)
+    recipe, origin = recipe_for(run, estimator), descriptor_files.full_origin(run, network.weights)
+    _describe_split(run, "validation", decoder, network, recipe, files.validation_parts, origin, facts)
     table = pa.concat_tables(run.read(path) for path in store.paths(files.validation_parts, ".parquet"))
     rejected = sum(store.read_table(p).num_rows for p in store.paths(files.rejects("validation"), ".parquet"))
     if table.num_rows + rejected != run.pool.rows("validation"):
@@ -137,29 +140,31 @@ def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> pa.T
     if not missed.any():
         progress.current().say("the model misses no validation image: all of them stand in as centers")
     table = table.append_column("missed", pa.array(missed))
-    table = table.append_column("center", pa.array(choose_centers(run, round, table, missed)))
-    table = table.cast(descriptor_schema(table["features"].type.list_size, validation=True))
-    run.write(files.validation, table, DESCRIPTOR_COMPRESSION)
+    centers = choose_centers(run, round, descriptor_files.decode(table, origin), missed)
+    table = table.append_column("center", pa.array(centers))
+    table = table.cast(descriptor_schema(sum(run.lengths), validation=True))
+    descriptor_files.write(files.validation, table, run.id, origin)
     store.delete(files.validation_parts)
-    return table
+    return descriptor_files.read_validation(run, round, network.weights)
 
 
-def choose_centers(run: Run, round: int, validation: pa.Table, missed: np.ndarray) -> np.ndarray:
+def choose_centers(run: Run, round: int, validation: Descriptors, missed: np.ndarray) -> np.ndarray:
     """Mask (M,) of the centers: the misses (all, if there are none); greedy k-center where they exceed P (4.4)."""
     wanted = np.flatnonzero(missed) if missed.any() else np.arange(len(missed))
-    rows = validation.take(pa.array(wanted))
-    misses = Descriptors(*(torch.from_numpy(matrix(rows[name])) for name in ("features", "fisher")))
+    misses = validation.rows(torch.from_numpy(wanted))
     chosen = pfk.greedy_k_center(run.kernel(), misses, run.config.budget, run.seed("k-center", round))
     mask = np.zeros(len(missed), bool)
     mask[wanted[chosen.numpy()]] = True
     return mask
 
 
-def _describe_split(run, split: str, decoder: Decoder, network, recipe: Recipe, out: str, facts: dict) -> None:
+def _describe_split(
+    run, split: str, decoder: Decoder, network, recipe: Recipe, out: str, origin: Origin, facts: dict
+) -> None:
     """Describe the shards of a split that `out` has not got yet."""
     there = set(store.names(out, ".parquet"))
     todo = [shard for shard in run.pool.shards(split) if shard.name not in there]
-    actor = {"network": network, "recipe": recipe, "out": out, "run_id": run.id}
+    actor = {"network": network, "recipe": recipe, "out": out, "run_id": run.id, "origin": origin}
     start, began = time.time(), []
     with progress.current().bar(f"extract {split}", sum(s.rows for s in todo), "images") as advance:
         for done in through_actors(todo, decoder, Describer, actor, run.config.resources):
@@ -168,7 +173,7 @@ def _describe_split(run, split: str, decoder: Decoder, network, recipe: Recipe, 
     facts["startup_seconds"] += round(float(min(began)) - start, 3) if began else 0.0
 
 
-def _complete_empty(run: Run, round: int, labelled: list[str]) -> int:
+def _complete_empty(run: Run, round: int, labelled: list[str], origin: Origin) -> int:
     """The rejects of the pool, counted. A shard without any image left gets an empty descriptor shard: it is done.
 
     RunError for a shard that is not there though it has images: a worker wrote it where the driver does not see it.
@@ -184,5 +189,6 @@ def _complete_empty(run: Run, round: int, labelled: list[str]) -> int:
         path = store.join(files.descriptors, shard.name)
         if left:
             raise RunError(f"{path}: absent, though {left} images were described; do all nodes share this place?")
-        run.write(path, descriptor_schema(sum(run.lengths)).empty_table(), DESCRIPTOR_COMPRESSION)
+        empty = descriptor_schema(sum(origin.lengths), origin.dtype).empty_table()
+        descriptor_files.write(path, empty, run.id, origin)
     return sum(rejects.values())

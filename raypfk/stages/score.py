@@ -16,11 +16,12 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
-from raypfk import progress, session, store
+from raypfk import descriptor_files, progress, session, store
+from raypfk.descriptor_files import Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TopK
 from raypfk.run import Run
-from raypfk.schema import CANDIDATES, matrix
+from raypfk.schema import CANDIDATES
 
 _SHARD_BITS = 32
 """A pool image's key: shard number, then row. Shards are in the order of image_id, and so are the keys."""
@@ -41,10 +42,11 @@ class Scorer:
     A call leaves nothing behind, so that a lost actor's call can be done by another.
     """
 
-    def __init__(self, run: Run, kernel: Kernel, centers_z: np.ndarray, centers_g: np.ndarray, threads: int):
+    def __init__(self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int):
         torch.set_num_threads(threads)
-        self.run, self.kernel = run, kernel
-        self.centers = Descriptors(_shared(centers_z), _shared(centers_g))
+        self.run, self.kernel, self.origin = run, kernel, origin
+        self.shards = run.pool.shards("pool")
+        self.centers = Descriptors(_shared(z), _shared(g))
 
     def ready(self) -> None:
         """Returns when the actor is up."""
@@ -83,9 +85,8 @@ class Scorer:
 
     def _read(self, shard: Numbered) -> tuple[Descriptors, torch.Tensor]:
         number, path = shard
-        table = self.run.read(path, columns=["features", "fisher"])
-        images = Descriptors(*(torch.from_numpy(matrix(table[name])) for name in ("features", "fisher")))
-        return images, (number << _SHARD_BITS) + torch.arange(table.num_rows)
+        images = descriptor_files.read_shard(self.run, path, self.shards[number], self.origin)
+        return images, (number << _SHARD_BITS) + torch.arange(len(images.z))
 
 
 def _shared(array: np.ndarray) -> torch.Tensor:
@@ -107,26 +108,26 @@ def score(run: Run, round: int, k: int | None = None) -> dict:
     if run.config.strategy == "random":
         return {"skipped": "the strategy needs no scores"}
     files = run.round(round)
-    validation = run.read(files.validation)
-    centers = validation.filter(validation["center"]).sort_by("image_id").combine_chunks()
+    centers, described, origin = descriptor_files.read_centers(run, round)
     # K must at least let every center's share of the budget through.
     k = k or max(run.config.top_k, 2 * -(-run.config.budget // centers.num_rows))
     shards = [(i, store.join(files.descriptors, s.name)) for i, s in enumerate(run.pool.shards("pool"))]
-    top, facts = _top_k(run, centers, shards, k)
+    top, facts = _top_k(run, origin, described, shards, k)
     run.write(files.candidates, candidates_table(top, centers, [path for _, path in shards]))
     return {"centers": centers.num_rows, "k": k, **facts}
 
 
-def _top_k(run: Run, centers: pa.Table, shards: list[Numbered], k: int) -> tuple[TopK, dict]:
+def _top_k(run: Run, origin: Origin, centers: Descriptors, shards: list[Numbered], k: int) -> tuple[TopK, dict]:
     start, resources = time.time(), run.config.resources
     count = min(len(shards), resources.score_actors or max(1, session.cpus() // resources.score_threads))
-    z, g = (ray.put(matrix(centers[name])) for name in ("features", "fisher"))
+    z, g = (ray.put(x.numpy()) for x in centers)
     session.require("scoring", CPU=count * resources.score_threads)
     actor = ray.remote(Scorer).options(num_cpus=resources.score_threads, max_restarts=4, max_task_retries=4)
-    actors = [actor.remote(run, run.kernel(), z, g, resources.score_threads) for _ in range(count)]
+    arguments = (run, run.stored_kernel(), origin, z, g, resources.score_threads)
+    actors = [actor.remote(*arguments) for _ in range(count)]
     size = max(1, len(shards) // (_CHUNKS * count))
     chunks = [shards[i : i + size] for i in range(0, len(shards), size)]
-    tree, counts, began = _Tree(centers.num_rows), Counter(), []
+    tree, counts, began = _Tree(len(centers.z)), Counter(), []
     try:
         with progress.current().bar("score", len(shards), "shards") as advance:
             for facts in _through(actors, chunks, k, tree):

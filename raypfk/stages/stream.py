@@ -89,6 +89,8 @@ class NetworkSpec:
     origin: str
     gpu: bool = False
     """Whether Ray gives the actor a GPU: one that gives none still shows them all."""
+    weights: str = ""
+    """The first 16 hex digits of the checkpoint's SHA-256."""
 
     def load(self) -> tuple[torch.nn.Module, torch.device]:
         image = self.image
@@ -101,9 +103,10 @@ class NetworkSpec:
 
 def network_of(run: Run, round: int) -> NetworkSpec:
     """The network that round `round` ended with. UserError if its checkpoint is another run's or network's."""
-    data = ray.put(checkpoint_of(run, round))
+    data, origin = checkpoint_of(run, round), run.round(round).checkpoint
     gpu = gpus_per_actor(run.config.resources) > 0
-    return NetworkSpec(run.config.model.name, run.classes, run.image, data, run.round(round).checkpoint, gpu)
+    weights = store.sha256(data)[:16]
+    return NetworkSpec(run.config.model.name, run.classes, run.image, ray.put(data), origin, gpu, weights)
 
 
 def checkpoint_of(run: Run, round: int) -> bytes:
