@@ -103,6 +103,26 @@ class Kernel:
             scores_MB.addcmul_(rz_MB, rg_MB)
         return scores_MB
 
+    def exact_block(self, centers: Descriptors, pool: Descriptors) -> Tensor:
+        """Scores (M, B) of all pairs as `pairs` gives them, rounded to float32, to the bit, for many pairs much faster.
+
+        Products in float64 are exact to far less than the spacing of float32; where the rounding could still go either
+        way, `pairs` decides.
+        """
+        scores_MB, bound = self.block(centers.to(torch.float64), pool.to(torch.float64)), 2 * self._bound(2.0**-53)
+        doubt_MB = (scores_MB - bound).float() != (scores_MB + bound).float()
+        doubt_MB &= ~(self._scores_zero(centers)[:, None] | self._scores_zero(pool))
+        rows, cols = doubt_MB.nonzero(as_tuple=True)
+        scores_MB = scores_MB.float()
+        if len(rows):
+            scores_MB[rows, cols] = self.pairs(centers, pool, rows, cols).float()
+        return scores_MB
+
+    def _scores_zero(self, part: Descriptors) -> Tensor:
+        """Mask (N,) of those that score 0 with everyone, without any rounding."""
+        z_N, g_N = ((x == 0).all(1) for x in part)
+        return {"pcc": z_N, "pfk": z_N | g_N, "pfk-sum": z_N & g_N}[self.name]
+
     def pairs(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
         """Scores (Q,) float64 of the pairs (centers[rows[q]], pool[cols[q]]); `rows`, `cols` (Q,) int64.
 
@@ -147,16 +167,19 @@ class Kernel:
         sum of the terms' sizes (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1), and each
         further product or sum raises n by one (lemma 3.3). The sum of sizes is at most W = sum of w_j (Cauchy-Schwarz;
         twice that for pfk-sum), times `LENGTH_SLACK` as stored vectors are of unit length only to rounding. n also
-        counts the rounding of w_j and of the exact score, and a threshold's subtraction. Where torch may round the
-        inputs of matrix products (to TF32, or to bfloat16), the bound is wide enough for that.
+        counts the rounding of w_j, of a factor and of the exact score, and a threshold's subtraction. Where torch may
+        round the inputs of matrix products (to TF32, or to bfloat16), the bound is wide enough for that.
         Raises ValueError where the descriptors are too long for float32 to say anything.
         """
+        inputs = 4 * 2.0**-8 * 1.05 if _products_may_round_inputs() else 0.0
+        return self._bound(2.0**-24, inputs)
+
+    def _bound(self, unit: float, inputs: float = 0.0) -> float:
         total, scales = sum(self.lengths), len(self.lengths)
         terms = {"pcc": total, "pfk": 2 * max(self.lengths) + scales, "pfk-sum": 2 * total}
-        nu = (terms[self.name] + 8) * 2.0**-24
+        nu = (terms[self.name] + 12) * unit
         if nu >= 0.5:
             raise ValueError(f"descriptors of {total} numbers are too long for a float32 kernel")
-        inputs = 4 * 2.0**-8 * 1.05 if _products_may_round_inputs() else 0.0
         size = sum(self.weights) * (2 if self.name == "pfk-sum" else 1) * LENGTH_SLACK
         return size * (nu / (1 - nu) + inputs * (1 + nu / (1 - nu))) + terms[self.name] * 2.0**-120
 

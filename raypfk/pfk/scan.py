@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,17 @@ class Rounded:
     def rows(self, index: slice | Tensor) -> "Rounded":
         matrices, errors = (tuple(x[index] for x in part) for part in (self.matrices, self.errors))
         return Rounded(self.precision, matrices, self.steps, errors, self.whole and self.whole.rows(index))
+
+
+class Survivors(NamedTuple):
+    """Pairs (S,) of a block, int64."""
+
+    images: slice
+    """The images that were looked at."""
+    rows: Tensor
+    """The centers."""
+    cols: Tensor
+    """The images."""
 
 
 def used_scales(kernel: Kernel) -> list[tuple[slice, float]]:
@@ -123,10 +134,10 @@ def drop_outliers(pool: Rounded) -> Tensor:
 
 def survivors(
     kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor, factor_B: Tensor | None = None, tight=False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each block of the pool, (rows, cols) int64 of all pairs whose score (times `factor_B`) reaches `floor_M`.
+) -> Iterator[Survivors]:
+    """Block by block of the pool, all pairs whose score (times `factor_B`) reaches `floor_M`.
 
-    Rows count centers (one tile's at most), cols pool images; pairs that just fail to reach it may come along.
+    Centers are one tile's at most. Pairs that just fail to reach it may come along.
     `floor_M` is read anew for every block. `factor_B` (B,) is in 0..1. `tight` bounds the correlations, which `pfk`
     multiplies a rounding error by, by what the block holds and not by 1: worth its cost where all of them are small.
     """
@@ -136,7 +147,7 @@ def survivors(
     yield from _block_survivors(_Tile(kernel, centers, pool, factor_B, tight), floor_M)
 
 
-def _block_survivors(tile: "_Tile", floor_M: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _block_survivors(tile: "_Tile", floor_M: Tensor) -> Iterator[Survivors]:
     tile.allocate()
     for start in range(0, tile.num_images, BLOCK_POOL):
         piece = slice(start, min(start + BLOCK_POOL, tile.num_images))
@@ -147,7 +158,7 @@ def _block_survivors(tile: "_Tile", floor_M: Tensor) -> Iterator[tuple[Tensor, T
         hit, place = (scores_HG >= limit_M[row, None]).nonzero(as_tuple=True)
         cols = start + group[hit] * GROUP + place
         real = cols < piece.stop  # and not padding, where the limit is -inf
-        yield row[hit][real], cols[real]
+        yield Survivors(piece, row[hit][real], cols[real])
 
 
 class _Tile:
@@ -245,21 +256,19 @@ class _Tile:
         return (MAX_LENGTH + self.centers.errors[i]) * (MAX_LENGTH + self.pool.errors[i][piece].max())
 
 
-def _fused_survivors(
-    kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _fused_survivors(kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor) -> Iterator[Survivors]:
     """`survivors` by the fused kernel; centers with more of them than it lists go on in blocks."""
     all_images = slice(0, len(pool.errors[0]))
     limit_M = _Tile(kernel, centers, pool, None, False).limit(floor_M, all_images) - fused.error_bound(kernel)
     count_M, cols_MC = fused.survivors(kernel, centers.whole, pool.whole, limit_M, FUSED_CAPACITY)
     fits_M = count_M <= FUSED_CAPACITY
     rows, slots = ((cols_MC >= 0) & fits_M[:, None]).nonzero(as_tuple=True)
-    yield rows, cols_MC[rows, slots].long()
+    yield Survivors(all_images, rows, cols_MC[rows, slots].long())
     more = (~fits_M).nonzero().squeeze(1)
     for few in more.split(TILE_CENTERS) if len(more) else ():
         tile = _Tile(kernel, centers.rows(few), pool, None, False)
-        for rows, cols in _block_survivors(tile, floor_M[few]):
-            yield few[rows], cols
+        for found in _block_survivors(tile, floor_M[few]):
+            yield found._replace(rows=few[found.rows])
 
 
 def fastest(kernel: Kernel, device: torch.device) -> Precision:

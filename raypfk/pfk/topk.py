@@ -22,6 +22,8 @@ BLOCK_CENTERS = 1024  # centers of a first block
 TILE_CENTERS = {"cpu": scan.TILE_CENTERS}  # centers scanned at once: for a core's cache, or to fill a GPU
 SMALL = 1 << 22  # pairs for which low precision is not worth its preparation
 BUDGETS = (1 / 512, 1 / 64)  # of a tile's pairs that may be left to rescore: with loose error bounds, with tight ones
+DENSE = 1 / 8  # of the pairs of a block: from there on, all are scored in float64 products at once
+BLOCK_NUMBERS = 1 << 23  # scores of a first block
 ENTRIES = 1 << 19  # candidates rescored and merged at once: bounds memory when nearly all scores tie
 
 
@@ -167,7 +169,8 @@ class TopK:
             size = max(HEAD, 2 * self._keys_MK.shape[1]) if cold else min(SEGMENT, max(HEAD, self._seen + start))
             segment = part.images(slice(start, start + size))
             if cold:
-                for tile in torch.arange(len(rows), device=rows.device).split(BLOCK_CENTERS):
+                few = max(1, min(BLOCK_CENTERS, BLOCK_NUMBERS // size))
+                for tile in torch.arange(len(rows), device=rows.device).split(few):
                     self._add_block(segment.centers_of(tile))
             else:
                 self._add_segment(segment, low)
@@ -195,7 +198,26 @@ class TopK:
         if scores_RB.shape[1] >= k:
             floor_R = torch.maximum(floor_R, scores_RB.topk(k, dim=1).values[:, -1] - bound)
         flat_E = (scores_RB >= (floor_R - bound)[:, None]).flatten().nonzero().squeeze(1)
-        self._settle(part, flat_E // len(part.keys), flat_E % len(part.keys))
+        if len(flat_E) > DENSE * scores_RB.numel():
+            self._settle_all(part)
+        else:
+            self._settle(part, flat_E // len(part.keys), flat_E % len(part.keys))
+
+    def _settle_all(self, part: "_Part") -> None:
+        """Scores all pairs exactly and merges them."""
+        self.counts["dense"] += len(part.rows) * len(part.keys)
+        if part.factor is None:
+            scores_RB = part.kernel.exact_block(part.centers, part.pool)
+        else:
+            every = torch.arange(len(part.rows) * len(part.keys), device=part.rows.device)
+            rows, cols = every // len(part.keys), every % len(part.keys)
+            scores = part.kernel.pairs(part.centers, part.pool, rows, cols) * part.factor[cols]
+            scores_RB = scores.float().view(len(part.rows), -1)
+        low_RB = scores_RB < self._least_M[part.rows, None]
+        scores = torch.cat([self._scores_MK[part.rows], scores_RB.masked_fill_(low_RB, -torch.inf)], dim=1)
+        keys = torch.cat([self._keys_MK[part.rows], part.keys.expand_as(scores_RB).masked_fill(low_RB, -1)], dim=1)
+        k = self._keys_MK.shape[1]
+        self._scores_MK[part.rows], self._keys_MK[part.rows] = _best(scores, keys, k)
 
     def _add_segment(self, part: "_Part", low: scan.Rounded | None) -> None:
         device = part.rows.device
@@ -222,14 +244,14 @@ class TopK:
         factor = None if part.factor is None else part.factor.float()
         while self._caution < len(BUDGETS):
             budget, found, total = len(part.rows) * len(part.keys) * BUDGETS[self._caution], [], 0
-            for pairs in scan.survivors(part.kernel, centers, pool, floor_R, factor, tight=self._caution > 0):
-                found.append(pairs)
-                total += len(pairs[0])
+            for some in scan.survivors(part.kernel, centers, pool, floor_R, factor, tight=self._caution > 0):
+                found.append(some)
+                total += len(some.rows)
                 if total > budget:
                     break
             else:
                 self.counts[centers.precision] += len(part.rows) * len(part.keys)
-                self._settle(part, *(torch.cat(x) for x in zip(*found, strict=True)))
+                self._settle(part, *_pairs(found))
                 return True
             self.counts["overflows"] += 1
             self._caution += 1
@@ -240,15 +262,20 @@ class TopK:
         factor = None if part.factor is None else part.factor.float()
         self.counts["float32"] += len(part.rows) * len(part.keys)
         held, total = [], 0
-        for pairs in scan.survivors(part.kernel, centers, pool, floor_R, factor):
-            held.append(pairs)
-            total += len(pairs[0])
+        for some in scan.survivors(part.kernel, centers, pool, floor_R, factor):
+            block = part.images(some.images)
+            if len(some.rows) > DENSE * len(block.rows) * len(block.keys):  # nearly all tie
+                self._settle_all(block)
+                floor_R.copy_(self._floor(part.rows))
+                continue
+            held.append(some)
+            total += len(some.rows)
             if total >= ENTRIES:
-                self._settle(part, *(torch.cat(x) for x in zip(*held, strict=True)))
+                self._settle(part, *_pairs(held))
                 floor_R.copy_(self._floor(part.rows))
                 held, total = [], 0
         if held:
-            self._settle(part, *(torch.cat(x) for x in zip(*held, strict=True)))
+            self._settle(part, *_pairs(held))
 
     def _settle(self, part: "_Part", rows: Tensor, cols: Tensor) -> None:
         """Scores pairs (E,) in float32, then those that may still be among the K best exactly, and offers them."""
@@ -312,6 +339,11 @@ class _Part:
 
     def centers_of(self, tile: Tensor) -> "_Part":
         return replace(self, rows=self.rows[tile], centers=self.centers.rows(tile))
+
+
+def _pairs(found: list[scan.Survivors]) -> tuple[Tensor, Tensor]:
+    """Rows and cols of several blocks."""
+    return torch.cat([some.rows for some in found]), torch.cat([some.cols for some in found])
 
 
 def _places(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,17 @@ def test_the_error_bound_holds_and_is_of_use(name, lengths):
     assert error.abs().max() <= kernel.error_bound() <= 2e-3 * largest
 
 
+@quick
+@given(kernels, st.integers(0, 8), st.integers(0, 30), seeds)
+def test_exact_blocks_are_the_pairs_to_the_bit(kernel, m, b, seed):
+    """Dense float64 products, with pairs where they leave a doubt: what pairs give, rounded to float32."""
+    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(b, kernel.lengths, seed + 7)
+    rows, cols = torch.cartesian_prod(torch.arange(m), torch.arange(b)).T
+    exact = kernel.pairs(centers, pool, rows, cols).float().reshape(m, b)
+    assert torch.equal(kernel.exact_block(centers, pool), exact)
+    assert ((kernel.pairs32(centers, pool, rows, cols).reshape(m, b) - exact).abs() <= kernel.error_bound()).all()
+
+
 def test_the_error_bound_widens_where_products_are_narrower():
     """With TF32 or bfloat16 products allowed, the bound covers their rounding."""
     kernel = Kernel("pfk", (64, 64))

@@ -169,10 +169,11 @@ def test_large_tiles_of_random_vectors_keep_the_exact_order():
     assert same(whole(kernel, centers, pool, torch.arange(6000), 10), (exact.gather(1, keys), keys))
 
 
-def test_all_scores_equal_goes_by_key_in_bounded_chunks(monkeypatch):
-    """A pool of zero vectors: every pair ties at 0, candidates come in chunks, the smallest keys win."""
-    seen = []
-    plain = Kernel.pairs
+@pytest.mark.parametrize("dense", [0.0, 2.0])
+@pytest.mark.parametrize("name", ["pcc", "pfk", "pfk-sum"])
+def test_masses_of_equal_scores_go_by_key(name, dense, monkeypatch):
+    """Zero vectors and copies: all pairs tie, scored at once or in bounded batches; the smallest keys win."""
+    seen, plain = [], Kernel.pairs
 
     def spy(self, centers, pool, rows, cols):
         seen.append(len(rows))
@@ -180,11 +181,23 @@ def test_all_scores_equal_goes_by_key_in_bounded_chunks(monkeypatch):
 
     monkeypatch.setattr(Kernel, "pairs", spy)
     monkeypatch.setattr(topk, "ENTRIES", 1000)
-    zero = Descriptors(torch.zeros(5000, 4), torch.zeros(5000, 4))
-    keys = torch.arange(5000).flip(0)
-    scores, best = whole(Kernel("pfk", (4,)), zero.rows(slice(0, 3)), zero, keys, 6)
-    assert torch.equal(scores, torch.zeros(3, 6)) and torch.equal(best, torch.arange(6).expand(3, 6))
-    assert max(seen) <= 1000
+    monkeypatch.setattr(topk, "DENSE", dense)
+    kernel, one = Kernel(name, (4, 7)), descriptors(40, (4, 7), 3)
+    for part in (Descriptors(torch.zeros(6000, 11), torch.zeros(6000, 11)), one.rows(torch.arange(6000) % 3)):
+        keys = torch.arange(6000).flip(0)
+        scores, best = whole(kernel, part.rows(slice(0, 3)), part, keys, 6)
+        assert torch.equal(scores, scores[:, :1].expand(3, 6))
+        assert torch.equal(best, oracle(kernel, part.rows(slice(0, 3)), part, keys, 6)[1])
+    assert dense < 1 or max(seen) <= 1000
+
+
+@quick
+@given(kernels, st.integers(1, 6), st.integers(1, 40), seeds)
+def test_a_k_beyond_the_pool_ranks_every_image(kernel, m, n, seed):
+    """With K > N a list is the whole pool in exact order, from dense float64 products as from pairs."""
+    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
+    got = whole(kernel, centers, pool, torch.arange(n), n + 2)
+    assert same(got, oracle(kernel, centers, pool, torch.arange(n), n + 2))
 
 
 @pytest.mark.parametrize("name", ["pcc", "pfk", "pfk-sum"])
