@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
 
-FRONT_NUMBERS = 3 << 20  # of the features and Fisher scores in front: every choice reads them, so they lie in cache
+FRONT_NUMBERS = 2 << 20  # of the features and Fisher scores in front: every choice reads them, so they lie in cache
 FRONT_LEAST = 512
 BATCH = 4  # fronts brought up to date before it is asked whether more must be
 TILE = 1024  # misses, or centers, of one block
@@ -183,8 +183,8 @@ class _Greedy:
             yield center[known], places[known]
         if len(unknown):
             centers = self._centers.rows(slice(self._num_centers))
-            similar_nB = self._kernel.block(centers, self._front_misses.rows(unknown))
-            near, at = (similar_nB + self._error >= self._front.low[unknown]).nonzero(as_tuple=True)
+            similar_Bn = self._kernel.block(self._front_misses.rows(unknown), centers)
+            at, near = (similar_Bn + self._error >= self._front.low[unknown, None]).nonzero(as_tuple=True)
             yield near, unknown[at]
 
 
@@ -262,9 +262,8 @@ def _first_equals(kernel: Kernel, misses: Descriptors) -> Tensor:
     """
     index_M = torch.arange(len(misses.z), device=misses.z.device)
     chunks = max(1, HASHED // sum(x.shape[1] for x in misses))
-    _, group_M = torch.cat([_hashes(_looks(kernel, misses.rows(c))) for c in index_M.split(chunks)]).unique(
-        return_inverse=True
-    )
+    hash_M = torch.cat([_hashes(_looks(kernel, misses.rows(c))) for c in index_M.split(chunks)])
+    group_M = hash_M.unique(return_inverse=True)[1]
     first_M = index_M.clone().scatter_reduce_(0, group_M, index_M, "amin", include_self=False)[group_M]
     for c in _where(first_M != index_M).split(chunks):
         same = (_looks(kernel, misses.rows(c)) == _looks(kernel, misses.rows(first_M[c]))).all(1)
