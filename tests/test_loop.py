@@ -278,22 +278,21 @@ def test_every_strategy_and_estimator_selects_the_budget(tmp_path, strategy, est
         assert selection["estimated_label"].to_pylist() == [hidden[i] for i in chosen]
 
 
-def test_candidates_that_run_out_grow(tmp_path):
-    """With one center and K far below P the scan repeats with a larger K until P are chosen."""
-    settings = tiny.config(top_k=1, budget=60)
-    run = tiny.begin(settings, tmp_path / "run")
-    loop.do_stage(run, 1, "extract")
-    table = run.read(run.round(1).validation)
-    only = np.zeros(table.num_rows, bool)
-    only[np.flatnonzero(table["center"].to_numpy())[0]] = True
-    index = table.column_names.index("center")
-    run.write(run.round(1).validation, table.set_column(index, table.schema.field("center"), pa.array(only)), "none")
-    loop.do_stage(run, 1, "score")
-    candidates = run.read(run.round(1).candidates)
-    run.write(run.round(1).candidates, candidates.slice(0, 3))  # as if K had been 3
-    run.mark(1, "score", {**run.done(1, "score"), "k": 3})
+@pytest.mark.parametrize("candidates", [score._CANDIDATES, 300])
+def test_candidates_that_run_out_grow(tmp_path, monkeypatch, candidates):
+    """Where a short list runs out K grows, for all centers at once or for few at a time: the picks of a full list."""
+    run = tiny.begin(tiny.config(top_k=1, budget=60), tmp_path / "run")
+    for stage in ("extract", "score"):
+        loop.do_stage(run, 1, stage)
+    expected = score.picks(run, 1, run.pool.rows("pool"), 60)
+    assert expected.num_rows == 60 and expected["rank"].to_pylist()[-1] > 0
+    short = run.read(run.round(1).candidates).filter(pc.field("rank") == 0)
+    run.write(run.round(1).candidates, short)  # as if K had been 1
+    run.mark(1, "score", {**run.done(1, "score"), "k": 1})
+    monkeypatch.setattr(score, "_CANDIDATES", candidates)
     loop.do_stage(run, 1, "acquire")
-    assert run.done(1, "acquire")["selected"] == 60 and run.done(1, "acquire")["rescans"] > 0
+    assert run.done(1, "acquire")["rescans"] > 0
+    assert run.read(run.round(1).selection).select(expected.column_names).equals(expected)
 
 
 def test_an_exhausted_pool_ends_the_run(tmp_path):

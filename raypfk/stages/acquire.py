@@ -14,7 +14,7 @@ from raypfk.errors import UserError
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, SELECTION
 from raypfk.stages.pool import Shard
-from raypfk.stages.score import score
+from raypfk.stages.score import picks
 
 _READERS = 16
 
@@ -34,15 +34,12 @@ def acquire(run: Run, round: int) -> dict:
 
 def _rank_by_rank(run: Run, round: int) -> tuple[pa.Table, dict]:
     """Rank by rank over the candidates; where they run out, K grows and the pool is scanned again."""
-    files, budget = run.round(round), run.config.budget
-    scans, facts = 0, run.done(round, "score")
-    while True:
-        candidates = run.read(files.candidates, CANDIDATES)
-        picked = pick(candidates, budget)
-        if picked.num_rows == budget or facts["k"] >= facts["images"]:
-            return _with_estimates(run, round, picked), {"k": facts["k"], "rescans": scans}
-        facts = score(run, round, min(4 * facts["k"], facts["images"]))
-        scans += 1
+    scored, budget, rescans = run.done(round, "score"), run.config.budget, 0
+    picked, k = pick(run.read(run.round(round).candidates, CANDIDATES), budget), scored["k"]
+    while picked.num_rows < budget and k < scored["images"]:
+        k, rescans = scored["images"] if budget >= scored["images"] else min(4 * k, scored["images"]), rescans + 1
+        picked = picks(run, round, k, budget)
+    return _with_estimates(run, round, picked), {"k": k, "rescans": rescans}
 
 
 def pick(candidates: pa.Table, budget: int) -> pa.Table:
@@ -57,13 +54,13 @@ def pick(candidates: pa.Table, budget: int) -> pa.Table:
     keys = torch.full(shape, -1, dtype=torch.int64)
     scores[center, rank] = torch.from_numpy(candidates["score"].to_numpy().copy())
     keys[center, rank] = torch.from_numpy(image)
-    picks = pfk.rank_by_rank(scores, keys, budget)
+    chosen = pfk.rank_by_rank(scores, keys, budget)
     return pa.table(
         {
-            "image_id": pa.array(ids[picks.keys.numpy()], pa.string()),
-            "center_id": pa.array(centers[picks.centers.numpy()], pa.string()),
-            "rank": pa.array(picks.ranks.numpy().astype(np.int32)),
-            "score": pa.array(picks.scores.numpy()),
+            "image_id": pa.array(ids[chosen.keys.numpy()], pa.string()),
+            "center_id": pa.array(centers[chosen.centers.numpy()], pa.string()),
+            "rank": pa.array(chosen.ranks.numpy().astype(np.int32)),
+            "score": pa.array(chosen.scores.numpy()),
         }
     )
 

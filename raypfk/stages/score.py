@@ -16,7 +16,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
-from raypfk import descriptor_files, progress, session, store
+from raypfk import descriptor_files, pfk, progress, session, store
 from raypfk.descriptor_files import Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TopK
@@ -30,6 +30,7 @@ _AHEAD = 4  # shards read while others are scored
 _SEGMENT = 1 << 15  # images scored at once: more than a shard, so that tiles are full and floors are set rarely
 _CHUNKS = 8  # per actor: enough that the last ones end together
 _FAN_IN = 8  # parts that one merge takes
+_CANDIDATES = 1 << 24  # of all centers that are looked at together, where K had to grow
 _ATTEMPTS = 4  # at one chunk, where actors die of it
 
 Numbered = tuple[int, str]
@@ -51,14 +52,17 @@ class Scorer:
     def ready(self) -> None:
         """Returns when the actor is up."""
 
-    def score(self, shards: Sequence[Numbered], k: int, floor_M: np.ndarray) -> tuple[tuple, dict]:
-        """Top-K of `shards` among scores of at least `floor_M`: (scores (M, k) float32, keys (M, k) int64), and facts:
-        images, shards, when it began, the K-th best scores as `floor` (M,), and the `counts` of `TopK`.
+    def score(self, shards: Sequence[Numbered], k: int, rows: slice, floor_M: np.ndarray) -> tuple[tuple, dict]:
+        """Top-K of `shards` for some of the centers, among scores of at least `floor_M`.
+
+        Returns (scores (M, k) float32, keys (M, k) int64), and facts: images, shards, when it began, the K-th best
+        scores as `floor` (M,), and the `counts` of `TopK`.
         """
         began, images = time.time(), 0
-        top = TopK(len(self.centers.z), k, floor_M=torch.from_numpy(floor_M.copy()))
+        centers = self.centers.rows(rows)
+        top = TopK(len(centers.z), k, floor_M=torch.from_numpy(floor_M.copy()))
         for pool, keys in self._segments(shards):
-            top.add(self.kernel, self.centers, pool, keys)
+            top.add(self.kernel, centers, pool, keys)
             images += len(keys)
         scores, keys = (t.numpy() for t in top.result())
         floor = scores[:, -1].copy()
@@ -103,47 +107,90 @@ def _joined(held: list[tuple[Descriptors, torch.Tensor]]) -> tuple[Descriptors, 
     return Descriptors(*(torch.cat(x) for x in zip(*parts, strict=True))), torch.cat(keys)
 
 
-def score(run: Run, round: int, k: int | None = None) -> dict:
-    """Write round `round`'s candidates.parquet: of each center the `k` best pool images (default: `top_k`)."""
+def score(run: Run, round: int) -> dict:
+    """Write round `round`'s candidates.parquet: of each center the `top_k` best pool images."""
     if run.config.strategy == "random":
         return {"skipped": "the strategy needs no scores"}
-    files = run.round(round)
-    centers, described, origin = descriptor_files.read_centers(run, round)
-    # K must at least let every center's share of the budget through.
-    k = k or max(run.config.top_k, 2 * -(-run.config.budget // centers.num_rows))
-    shards = [(i, store.join(files.descriptors, s.name)) for i, s in enumerate(run.pool.shards("pool"))]
-    top, facts = _top_k(run, origin, described, shards, k)
-    run.write(files.candidates, candidates_table(top, centers, [path for _, path in shards]))
-    return {"centers": centers.num_rows, "k": k, **facts}
+    with Scoring(run, round) as scoring:
+        count = scoring.table.num_rows
+        # K must at least let every center's share of the budget through.
+        k = max(run.config.top_k, 2 * -(-run.config.budget // count))
+        top = scoring.top_k(k)
+    run.write(run.round(round).candidates, candidates_table(top, scoring.table, scoring.paths))
+    return {"centers": count, "k": k, **scoring.facts()}
 
 
-def _top_k(run: Run, origin: Origin, centers: Descriptors, shards: list[Numbered], k: int) -> tuple[TopK, dict]:
-    start, resources = time.time(), run.config.resources
-    count = min(len(shards), resources.score_actors or max(1, session.cpus() // resources.score_threads))
-    z, g = (ray.put(x.numpy()) for x in centers)
-    session.require("scoring", CPU=count * resources.score_threads)
-    actor = ray.remote(Scorer).options(num_cpus=resources.score_threads, max_restarts=4, max_task_retries=4)
-    arguments = (run, run.stored_kernel(), origin, z, g, resources.score_threads)
-    actors = [actor.remote(*arguments) for _ in range(count)]
-    size = max(1, len(shards) // (_CHUNKS * count))
-    chunks = [shards[i : i + size] for i in range(0, len(shards), size)]
-    tree, counts, began = _Tree(len(centers.z)), Counter(), []
-    try:
+def picks(run: Run, round: int, k: int, budget: int) -> pa.Table:
+    """The images that are chosen of every center's `k` best: (image_id, center_id, rank, score), in order of choice.
+
+    Some centers at a time, so that memory is O(budget + `_CANDIDATES`) however large k must be.
+    """
+    with Scoring(run, round) as scoring:
+        size, parts = max(1, _CANDIDATES // k), []
+        for first in range(0, scoring.table.num_rows, size):
+            top = scoring.top_k(k, slice(first, first + size))
+            parts = [pfk.merge_picks([*parts, pfk.rank_by_rank(*top.result(), budget, first)], budget)]
+    (chosen,) = parts
+    return pa.table(
+        {
+            "image_id": _ids(chosen.keys.numpy(), scoring.paths),
+            "center_id": scoring.table["image_id"].take(pa.array(chosen.centers.numpy())),
+            "rank": pa.array(chosen.ranks.numpy().astype(np.int32)),
+            "score": pa.array(chosen.scores.numpy()),
+        }
+    )
+
+
+class Scoring:
+    """A round's centers in actors, for one scan of the pool's descriptors or more."""
+
+    def __init__(self, run: Run, round: int):
+        self.run, self.start = run, time.time()
+        self.table, self.centers, self.origin = descriptor_files.read_centers(run, round)
+        folder = run.round(round).descriptors
+        self.paths = [store.join(folder, shard.name) for shard in run.pool.shards("pool")]
+        self.counts, self.began = Counter(), []
+
+    def __enter__(self) -> "Scoring":
+        threads = self.run.config.resources.score_threads
+        count = self.run.config.resources.score_actors or max(1, session.cpus() // threads)
+        count = min(len(self.paths), count)
+        session.require("scoring", CPU=count * threads)
+        z, g = (ray.put(x.numpy()) for x in self.centers)
+        actor = ray.remote(Scorer).options(num_cpus=threads, max_restarts=4, max_task_retries=4)
+        arguments = (self.run, self.run.stored_kernel(), self.origin, z, g, threads)
+        self.actors = [actor.remote(*arguments) for _ in range(count)]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def top_k(self, k: int, rows: slice = slice(None)) -> TopK:
+        """The `k` best pool images of some of the centers; keys are shard number, then row."""
+        shards = list(enumerate(self.paths))
+        size = max(1, len(shards) // (_CHUNKS * len(self.actors)))
+        chunks = [shards[i : i + size] for i in range(0, len(shards), size)]
+        tree, self.counts["images"] = _Tree(len(range(self.table.num_rows)[rows])), 0
         with progress.current().bar("score", len(shards), "shards") as advance:
-            for facts in _through(actors, chunks, k, tree):
-                counts.update({"images": facts["images"], **facts["counts"]})
-                began.append(facts["began"])
+            for facts in _through(self.actors, chunks, (k, rows), tree):
+                self.counts.update({"images": facts["images"], **facts["counts"]})
+                self.began.append(facts["began"])
                 advance(facts["shards"])
         scores, keys = tree.whole()
-    finally:
-        for a in actors:
-            ray.kill(a)
-    facts = {"images": counts.pop("images"), "pairs": dict(counts), "startup_seconds": round(min(began) - start, 3)}
-    return TopK.of(torch.from_numpy(scores.copy()), torch.from_numpy(keys.copy())), facts
+        return TopK.of(torch.from_numpy(scores.copy()), torch.from_numpy(keys.copy()))
+
+    def facts(self) -> dict:
+        """For the stage's marker: images, pairs by what was done with them, seconds until the first actor began."""
+        pairs = {name: count for name, count in self.counts.items() if name != "images"}
+        startup = round(min(self.began) - self.start, 3)
+        return {"images": self.counts["images"], "pairs": pairs, "startup_seconds": startup}
 
 
-def _through(actors: list, chunks: list[list[Numbered]], k: int, tree: "_Tree") -> Iterator[dict]:
+def _through(actors: list, chunks: list[list[Numbered]], wanted: tuple[int, slice], tree: "_Tree") -> Iterator[dict]:
     """Every chunk once through an actor that is up; yields the facts of each, and puts its top-K into the tree.
+
+    wanted: K, and which centers.
 
     Ray restarts an actor and calls it again; the chunk of one that it gave up goes to another. RunError without any.
     """
@@ -166,7 +213,7 @@ def _through(actors: list, chunks: list[list[Numbered]], k: int, tree: "_Tree") 
             yield facts
         while todo and idle:
             actor, chunk = idle.pop(), todo.popleft()
-            top, facts = actor.score.options(num_returns=2).remote(chunk, k, tree.floor)
+            top, facts = actor.score.options(num_returns=2).remote(chunk, *wanted, tree.floor)
             busy[facts] = (actor, chunk, top)
     if todo:
         raise RunError(f"all {len(actors)} scoring actors died; {sum(map(len, todo))} shards are not scored")
