@@ -4,6 +4,7 @@ Shapes: M centers, B pool images, L = sum of L_j descriptor length, Q pairs.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,18 +135,42 @@ class Kernel:
         return torch.cat([self._pair_chunk(centers, pool, r, c) for r, c in chunks])
 
     def pairs32(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
-        """As `pairs` but (Q,) float32 within `error_bound`, and several times as fast."""
-        size = max(1, PAIR_NUMBERS.get(rows.device.type, 1 << 22) // (4 * sum(self.lengths)))
-        chunks = zip(rows.split(size), cols.split(size), strict=True)
-        return torch.cat([self._pair32_chunk(centers, pool, r, c) for r, c in chunks])
+        """As `pairs` but (Q,) float32 within `error_bound`, and many times as fast; `cols` must ascend."""
+        return self._sampled(centers, pool, rows, cols, torch.float32)
 
-    def _pair32_chunk(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
-        parts = zip(*(centers, pool) if self.name != "pcc" else (centers[:1], pool[:1]), strict=True)
-        r_Qj = [[p[:, s].sum(1) for s in self.spans] for p in (a[rows].mul_(b[cols]) for a, b in parts)]
-        terms = zip(self.weights, *r_Qj, strict=True)
+    def exact_pairs(
+        self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor, factor_Q: Tensor | None = None
+    ) -> Tensor:
+        """`pairs`, times `factor_Q` (Q,) float64 in 0..1 if given, rounded to float32: to the bit, but faster.
+
+        `cols` must ascend. Sums in any order are exact to far less than the spacing of float32; where the rounding
+        could still go either way, `pairs` decides.
+        """
+        factor_Q = 1.0 if factor_Q is None else factor_Q
+        scores_Q, bound = self._sampled(centers, pool, rows, cols, torch.float64) * factor_Q, 2 * self._bound(2.0**-53)
+        doubt = ((scores_Q - bound).float() != (scores_Q + bound).float()).nonzero().squeeze(1)
+        factor = factor_Q if isinstance(factor_Q, float) else factor_Q[doubt]
+        decided = (self.pairs(centers, pool, rows[doubt], cols[doubt]) * factor).float() if len(doubt) else ()
+        scores_Q = scores_Q.float()
+        if len(doubt):
+            scores_Q[doubt] = decided
+        return scores_Q
+
+    def _sampled(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor, dtype) -> Tensor:
+        """Scores (Q,) of pairs in `dtype`, summed in any order."""
+        if (cols[1:] < cols[:-1]).any():
+            raise ValueError("expected pairs in ascending order of cols")
+        hit, cols = cols.unique_consecutive(return_inverse=True)
+        sides = zip(self._matrices(pool), self._matrices(centers), strict=True)
+        r = [_sampled_products(a.index_select(0, hit).to(dtype), b.to(dtype), cols, rows) for a, b in sides]
         if self.name == "pfk":
-            return sum(w * rz * rg for w, rz, rg in terms)
-        return sum(w * sum(r) for w, *r in terms)
+            return sum(w * rz * rg for w, rz, rg in zip(self.weights, r[::2], r[1::2], strict=True))
+        per = len(r) // len(self.weights)
+        return sum(self.weights[i // per] * x for i, x in enumerate(r))
+
+    def _matrices(self, part: Descriptors) -> list[Tensor]:
+        """Of each scale the features and, but for `pcc`, the Fisher scores."""
+        return [x[:, span] for span in self.spans for x in (part if self.name != "pcc" else part[:1])]
 
     def _pair_chunk(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
         rz_Qj = self._correlations(centers.z, pool.z, rows, cols)
@@ -187,6 +212,17 @@ class Kernel:
 def _products_may_round_inputs() -> bool:
     settings = (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
     return any(setting not in ("none", "ieee") for setting in settings)
+
+
+def _sampled_products(a_Nl: Tensor, b_Ml: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """a[rows[q]] · b[cols[q]] (Q,), without a copy of any row; `rows` ascend."""
+    starts = torch.zeros(len(a_Nl) + 1, dtype=torch.int64, device=rows.device)
+    starts[1:] = torch.bincount(rows, minlength=len(a_Nl)).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        shape = (len(a_Nl), len(b_Ml))
+        wanted = torch.sparse_csr_tensor(starts, cols, a_Nl.new_zeros(len(rows)), shape, check_invariants=False)
+        return torch.sparse.sampled_addmm(wanted, a_Nl, b_Ml.T, beta=0.0).values()
 
 
 def _fixed_order_sum(x_Ql: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Shapes: M centers, B pool images, l = L_j numbers of a scale, S pairs that survi
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -29,7 +29,8 @@ TILE_POOL = 256
 BLOCK_POOL = 4096  # survivors are looked for once in so many images
 GROUP = 16  # images whose largest score is compared first
 CLIPS = (1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the largest number of any center: tried as the largest of int8
-SAMPLE = 1024  # centers that they are tried on
+SAMPLE = 256  # centers that they are tried on
+NEARLY_ALL = 0.99  # of these
 OUTLIER = 2.0  # a pool image that rounding moves this much farther than the median one is scanned in float32
 FUSED_CAPACITY = 256  # survivors of one center that the fused kernel lists
 U_BFLOAT16 = 2.0**-9
@@ -49,6 +50,11 @@ class Rounded:
     steps: tuple[float, ...]
     errors: tuple[Tensor, ...]
     whole: Descriptors | None = None
+
+    @cached_property
+    def tiles(self) -> list[tuple[Tensor, ...]]:
+        """Each matrix in tiles of the pool."""
+        return [x.split(TILE_POOL) for x in self.matrices]
 
     def rows(self, index: slice | Tensor) -> "Rounded":
         matrices, errors = (tuple(x[index] for x in part) for part in (self.matrices, self.errors))
@@ -111,12 +117,12 @@ def _round_to_int8(sources: tuple[Tensor, ...], steps: tuple[float, ...]) -> Rou
 
 
 def _step(x_Nl: Tensor) -> float:
-    """The int8 step that moves a sample's median vector least: a long one rounds more, a short one clips more."""
+    """The int8 step that moves nearly all vectors of a sample least: a long one rounds more, a short one clips some."""
     x_Nl = x_Nl[:: max(1, len(x_Nl) // SAMPLE)]
     largest = float(x_Nl.abs().max()) if x_Nl.numel() else 0.0
     steps = [largest * clip / 127 for clip in CLIPS] if largest else [1.0]
     codes = ((x_Nl / step).round_().clamp_(-127, 127) * step for step in steps)
-    moved = [float((x_Nl - code).norm(dim=1).median()) for code in codes]
+    moved = [float((x_Nl - code).norm(dim=1).quantile(NEARLY_ALL)) if len(x_Nl) else 0.0 for code in codes]
     return steps[moved.index(min(moved))]
 
 
@@ -127,9 +133,10 @@ def drop_outliers(pool: Rounded) -> Tensor:
         moved = error[error > 0]
         if len(moved):
             far |= error > OUTLIER * moved.median()
+    index = far.nonzero().squeeze(1)
     for x in (*pool.matrices, *pool.errors):
-        x[far] = 0
-    return far.nonzero().squeeze(1)
+        x.index_fill_(0, index, 0)
+    return index
 
 
 def survivors(
@@ -179,13 +186,15 @@ class _Tile:
         self.unit = self.terms[0] or 1.0
 
     def allocate(self) -> None:
-        """Makes the buffers that `score` works in."""
+        """Makes the buffers that `score` works in, and the views: making one costs as much as a small product."""
         codes, m, rows = (
             self.centers.matrices[0],
             self.num_centers,
             -(-min(BLOCK_POOL, self.num_images) // GROUP) * GROUP,
         )
         device, dtype = codes.device, torch.int32 if codes.dtype == torch.int8 else codes.dtype
+        self.multiply = torch._int_mm if codes.dtype == torch.int8 else torch.mm
+        self.transposed = [x.T for x in self.centers.matrices]
         self.products = [torch.empty(TILE_POOL, m, dtype=dtype, device=device) for _ in range(self.factors)]
         self.floats = [torch.empty(TILE_POOL, m, device=device) for _ in range(self.factors)]
         self.scores, self.tops = torch.empty(rows, m, device=device), torch.empty(rows // GROUP, m, device=device)
@@ -195,22 +204,23 @@ class _Tile:
         self.reach = [0.0] * len(self.units)
         n = piece.stop - piece.start
         self.scores[n:] = -torch.inf
-        for start in range(0, n, TILE_POOL):
-            stop = min(start + TILE_POOL, n)
-            out_bM, rows = self.scores[start:stop], slice(piece.start + start, piece.start + stop)
-            self._score_tile(out_bM, rows)
+        whole = -(-n // GROUP) * GROUP
+        tiles = self.scores[:whole].split(TILE_POOL), self.tops[: whole // GROUP].split(TILE_POOL // GROUP)
+        for i, (scores_bM, tops_GM) in enumerate(zip(*tiles, strict=True)):
+            number = piece.start // TILE_POOL + i
+            out_bM = scores_bM[: min(TILE_POOL, n - i * TILE_POOL)]
+            self._score_tile(out_bM, number)
             if self.factor_B is not None:
-                out_bM.mul_(self.factor_B[rows, None])
-            groups = slice(start // GROUP, -(-stop // GROUP))  # the largest now, while the tile is in cache
-            grouped = self.scores.view(-1, GROUP, self.num_centers)[groups]
-            torch.amax(grouped, 1, out=self.tops[groups])
+                out_bM.mul_(self.factor_B[number * TILE_POOL :][: len(out_bM), None])
+            # The largest now, while the tile is in cache.
+            torch.amax(scores_bM.view(-1, GROUP, self.num_centers), 1, out=tops_GM)
 
-    def _score_tile(self, out_bM: Tensor, rows: slice) -> None:
+    def _score_tile(self, out_bM: Tensor, number: int) -> None:
         if not self.terms[0]:
             out_bM.zero_()
             return
         for i, term in enumerate(self.terms):
-            r = [self._correlations(i * self.factors + k, rows, k) for k in range(self.factors)]
+            r = [self._correlations(i * self.factors + k, number, k) for k in range(self.factors)]
             if i == 0:
                 torch.mul(*r, out=out_bM) if len(r) == 2 else out_bM.copy_(r[0])
             elif len(r) == 2:
@@ -218,18 +228,16 @@ class _Tile:
             else:
                 out_bM.add_(r[0], alpha=term / self.unit)
 
-    def _correlations(self, i: int, rows: slice, slot: int) -> Tensor:
-        """Of matrix i, in its unit: (rows, M) float32, in the buffer `slot`."""
-        pool_bl, centers_Ml = self.pool.matrices[i][rows], self.centers.matrices[i]
-        out = self.products[slot][: len(pool_bl)]
-        if pool_bl.dtype == torch.int8:
-            torch._int_mm(pool_bl, centers_Ml.T, out=out)
-        else:
-            torch.mm(pool_bl, centers_Ml.T, out=out)
+    def _correlations(self, i: int, number: int, slot: int) -> Tensor:
+        """Of matrix i and a tile of the pool, in the matrix's unit: (rows, M) float32, in the buffer `slot`."""
+        pool_bl, out, real = self.pool.tiles[i][number], self.products[slot], self.floats[slot]
+        if len(pool_bl) < TILE_POOL:
+            out, real = out[: len(pool_bl)], real[: len(pool_bl)]
+        self.multiply(pool_bl, self.transposed[i], out=out)
         if self.tight:
             low, high = (float(x) * self.units[i] for x in out.aminmax())
             self.reach[i] = max(self.reach[i], -low, high)
-        return out if out.dtype == torch.float32 else self.floats[slot][: len(out)].copy_(out)
+        return out if out.dtype == torch.float32 else real.copy_(out)
 
     def limit(self, floor_M: Tensor, piece: slice) -> Tensor:
         """(M,) what a score must reach: its floor, less all that rounding may have taken from it."""

@@ -192,7 +192,7 @@ class TopK:
         """A first block: its own K-th best scores, less their error, are the floors of lists that are not full."""
         scores_RB, bound = part.kernel.block(part.centers, part.pool), part.kernel.error_bound()
         if part.factor is not None:
-            scores_RB *= part.factor.float()
+            scores_RB *= part.factor32
         self.counts["float32"] += scores_RB.numel()
         floor_R, k = self._floor(part.rows), self._keys_MK.shape[1]
         if scores_RB.shape[1] >= k:
@@ -210,9 +210,9 @@ class TopK:
             scores_RB = part.kernel.exact_block(part.centers, part.pool)
         else:
             every = torch.arange(len(part.rows) * len(part.keys), device=part.rows.device)
-            rows, cols = every // len(part.keys), every % len(part.keys)
-            scores = part.kernel.pairs(part.centers, part.pool, rows, cols) * part.factor[cols]
-            scores_RB = scores.float().view(len(part.rows), -1)
+            rows, cols = every % len(part.rows), every // len(part.rows)
+            scores = part.kernel.exact_pairs(part.centers, part.pool, rows, cols, part.factor[cols])
+            scores_RB = scores.view(len(part.keys), -1).T
         low_RB = scores_RB < self._least_M[part.rows, None]
         scores = torch.cat([self._scores_MK[part.rows], scores_RB.masked_fill_(low_RB, -torch.inf)], dim=1)
         keys = torch.cat([self._keys_MK[part.rows], part.keys.expand_as(scores_RB).masked_fill(low_RB, -1)], dim=1)
@@ -222,87 +222,88 @@ class TopK:
     def _add_segment(self, part: "_Part", low: scan.Rounded | None) -> None:
         device = part.rows.device
         tiles = torch.arange(len(part.rows), device=device).split(TILE_CENTERS.get(device.type, 1 << 16))
-        exact = scan.round_to(part.kernel, "float32", part.pool)
-        if low is None:
-            for tile in tiles:
-                self._scan_float32(part.centers_of(tile), exact)
-            return
-        pool = scan.round_to(part.kernel, low.precision, part.pool, low.steps)
-        outliers = part.images(scan.drop_outliers(pool))
-        self._caution = max(0, self._caution - 1)  # what one segment could not afford the next one may
+        exact, found = scan.round_to(part.kernel, "float32", part.pool), []
+        if low is not None:
+            pool = scan.round_to(part.kernel, low.precision, part.pool, low.steps)
+            outlier = scan.drop_outliers(pool)
+            outliers = part.images(outlier)
+            apart = scan.round_to(part.kernel, "float32", outliers.pool)
+            self._caution = max(0, self._caution - 1)  # what one segment could not afford the next one may
         for tile in tiles:
-            piece = part.centers_of(tile)
-            if not self._scan_low(piece, low.rows(tile), pool):
-                self._scan_float32(piece, exact)
-            elif len(outliers.keys):
-                few = outliers.centers_of(tile)
-                self._scan_float32(few, scan.round_to(part.kernel, "float32", few.pool))
+            piece, some = part.centers_of(tile), None
+            if low is not None and self._caution < len(BUDGETS):
+                some = self._scan_low(piece, low.rows(tile), pool)
+                if some is not None and len(outlier):
+                    few = self._scan_float32(outliers.centers_of(tile), apart)
+                    some += [(rows, outlier[cols]) for rows, cols in few]
+            if some is None:
+                some = self._scan_float32(piece, exact)
+            found += [(rows + tile[0], cols) for rows, cols in some]
+        if found:
+            self._settle(part, *(torch.cat(x) for x in zip(*found, strict=True)))
 
-    def _scan_low(self, part: "_Part", centers: scan.Rounded, pool: scan.Rounded) -> bool:
-        """Whether the scan in low precision left so few pairs to rescore that it was worth it; if so, settles them."""
+    def _scan_low(self, part: "_Part", centers: scan.Rounded, pool: scan.Rounded) -> list[tuple[Tensor, Tensor]] | None:
+        """The pairs that a scan in low precision leaves to rescore; None where they are too many to be worth it."""
         floor_R = self._floor(part.rows)
-        factor = None if part.factor is None else part.factor.float()
         while self._caution < len(BUDGETS):
             budget, found, total = len(part.rows) * len(part.keys) * BUDGETS[self._caution], [], 0
-            for some in scan.survivors(part.kernel, centers, pool, floor_R, factor, tight=self._caution > 0):
-                found.append(some)
+            for some in scan.survivors(part.kernel, centers, pool, floor_R, part.factor32, tight=self._caution > 0):
+                found.append((some.rows, some.cols))
                 total += len(some.rows)
                 if total > budget:
                     break
             else:
                 self.counts[centers.precision] += len(part.rows) * len(part.keys)
-                self._settle(part, *_pairs(found))
-                return True
+                return found
             self.counts["overflows"] += 1
             self._caution += 1
-        return False
+        return None
 
-    def _scan_float32(self, part: "_Part", pool: scan.Rounded) -> None:
+    def _scan_float32(self, part: "_Part", pool: scan.Rounded) -> list[tuple[Tensor, Tensor]]:
+        """The pairs that a scan in float32 leaves to rescore, but for blocks where nearly all do: these are settled."""
         centers, floor_R = scan.round_to(part.kernel, "float32", part.centers), self._floor(part.rows)
-        factor = None if part.factor is None else part.factor.float()
         self.counts["float32"] += len(part.rows) * len(part.keys)
-        held, total = [], 0
-        for some in scan.survivors(part.kernel, centers, pool, floor_R, factor):
+        found, total = [], 0
+        for some in scan.survivors(part.kernel, centers, pool, floor_R, part.factor32):
             block = part.images(some.images)
             if len(some.rows) > DENSE * len(block.rows) * len(block.keys):  # nearly all tie
                 self._settle_all(block)
                 floor_R.copy_(self._floor(part.rows))
                 continue
-            held.append(some)
+            found.append((some.rows, some.cols))
             total += len(some.rows)
             if total >= ENTRIES:
-                self._settle(part, *_pairs(held))
+                self._settle(part, *(torch.cat(x) for x in zip(*found, strict=True)))
                 floor_R.copy_(self._floor(part.rows))
-                held, total = [], 0
-        if held:
-            self._settle(part, *_pairs(held))
+                found, total = [], 0
+        return found
 
     def _settle(self, part: "_Part", rows: Tensor, cols: Tensor) -> None:
         """Scores pairs (E,) in float32, then those that may still be among the K best exactly, and offers them."""
-        order = rows.argsort(stable=True)
+        order = cols.argsort(stable=True)  # of an image all pairs together: it is read from memory once
         rows, cols = rows[order], cols[order]
         for r, c in zip(rows.split(ENTRIES), cols.split(ENTRIES), strict=True):
-            keep = self._may_be_in(part, r, c)
-            r, c = r[keep], c[keep]
-            self.counts["rescored"] += len(keep)
+            self.counts["rescored"] += len(r)
+            r, c = self._may_be_in(part, r, c)
             self.counts["exact"] += len(r)
-            scores = part.kernel.pairs(part.centers, part.pool, r, c)
-            if part.factor is not None:
-                scores *= part.factor[c]
-            self._offer(part.rows[r], scores.float(), part.keys[c])
+            factor = None if part.factor is None else part.factor[c]
+            scores = part.kernel.exact_pairs(part.centers, part.pool, r, c, factor)
+            order = r.argsort(stable=True)
+            self._offer(part.rows[r[order]], scores[order], part.keys[c[order]])
 
-    def _may_be_in(self, part: "_Part", rows: Tensor, cols: Tensor) -> Tensor:
-        """Mask (E,) of the pairs, in ascending order of row, whose float32 score does not rule them out."""
+    def _may_be_in(self, part: "_Part", rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs whose float32 score does not rule them out; `cols` ascend before and after."""
         scores, bound = part.kernel.pairs32(part.centers, part.pool, rows, cols), part.kernel.error_bound()
         if part.factor is not None:
-            scores *= part.factor[cols].float()
-        best = scores.argsort(descending=True)
+            scores *= part.factor32[cols]
+        high = (scores >= self._floor(part.rows)[rows] - bound).nonzero().squeeze(1)
+        best = high[scores[high].argsort(descending=True)]
         best = best[rows[best].argsort(stable=True)]
-        hit, group, place = _places(rows)
-        kth = place == self._keys_MK.shape[1] - 1
-        least = self._floor(part.rows)[hit] - bound
-        least[group[kth]] = torch.maximum(least[group[kth]], scores[best[kth]] - 2 * bound)
-        return scores >= least[group]
+        kth = _places(rows[best])[2] == self._keys_MK.shape[1] - 1
+        least_R = scores.new_full((len(part.rows),), -torch.inf)
+        least_R[rows[best[kth]]] = scores[best[kth]] - 2 * bound
+        keep = high[scores[high] >= least_R[rows[high]]]
+        return rows[keep], cols[keep]
 
     def _offer(self, rows: Tensor, scores: Tensor, keys: Tensor) -> None:
         # Entries (E,) in ascending order of row.
@@ -333,17 +334,16 @@ class _Part:
     keys: Tensor
     factor: Tensor | None
 
+    @property
+    def factor32(self) -> Tensor | None:
+        return None if self.factor is None else self.factor.float()
+
     def images(self, index: slice | Tensor) -> "_Part":
         factor = None if self.factor is None else self.factor[index]
         return replace(self, pool=self.pool.rows(index), keys=self.keys[index], factor=factor)
 
     def centers_of(self, tile: Tensor) -> "_Part":
         return replace(self, rows=self.rows[tile], centers=self.centers.rows(tile))
-
-
-def _pairs(found: list[scan.Survivors]) -> tuple[Tensor, Tensor]:
-    """Rows and cols of several blocks."""
-    return torch.cat([some.rows for some in found]), torch.cat([some.cols for some in found])
 
 
 def _places(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

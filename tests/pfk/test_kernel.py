@@ -41,13 +41,24 @@ def test_the_error_bound_holds_and_is_of_use(name, lengths):
 
 @quick
 @given(kernels, st.integers(0, 8), st.integers(0, 30), seeds)
-def test_exact_blocks_are_the_pairs_to_the_bit(kernel, m, b, seed):
-    """Dense float64 products, with pairs where they leave a doubt: what pairs give, rounded to float32."""
+def test_exact_scores_are_the_pairs_to_the_bit(kernel, m, b, seed):
+    """Dense or sampled float64 products, with pairs where they leave a doubt: pairs rounded to float32, scaled."""
     centers, pool = descriptors(m, kernel.lengths, seed), descriptors(b, kernel.lengths, seed + 7)
-    rows, cols = torch.cartesian_prod(torch.arange(m), torch.arange(b)).T
-    exact = kernel.pairs(centers, pool, rows, cols).float().reshape(m, b)
-    assert torch.equal(kernel.exact_block(centers, pool), exact)
-    assert ((kernel.pairs32(centers, pool, rows, cols).reshape(m, b) - exact).abs() <= kernel.error_bound()).all()
+    cols, rows = torch.cartesian_prod(torch.arange(b), torch.arange(m)).T
+    pairs = kernel.pairs(centers, pool, rows, cols)
+    exact = pairs.float()
+    assert torch.equal(kernel.exact_block(centers, pool), exact.reshape(b, m).T)
+    assert torch.equal(kernel.exact_pairs(centers, pool, rows, cols), exact)
+    factor = torch.rand(len(cols), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(kernel.exact_pairs(centers, pool, rows, cols, factor), (pairs * factor).float())
+    assert ((kernel.pairs32(centers, pool, rows, cols) - exact).abs() <= kernel.error_bound()).all()
+
+
+def test_unsorted_pairs_are_refused():
+    """What is fast only in order says so where it gets pairs in another."""
+    kernel, part = Kernel("pfk", (3,)), descriptors(4, (3,), 0)
+    with pytest.raises(ValueError, match="ascending order of cols"):
+        kernel.pairs32(part, part, torch.tensor([0, 1]), torch.tensor([2, 1]))
 
 
 def test_the_error_bound_widens_where_products_are_narrower():
