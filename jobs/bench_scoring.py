@@ -59,7 +59,7 @@ class Data(NamedTuple):
 @click.option("--kernel", default="pfk", show_default=True, type=click.Choice(["pfk", "pfk-sum", "pcc"]))
 @click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", *scan.PRECISIONS]))
 @click.option("--threads", default=1, show_default=True, help="Of each of the three.")
-@click.option("--clusters", default=1000, show_default=True, help="Of the made-up data, such as classes; 0: noise alone.")
+@click.option("--clusters", default=1000, show_default=True, help="Of the made-up data; 0: noise alone.")
 @click.option("--within", default=0.5, show_default=True, help="Mean correlation within a cluster.")
 @click.option("--curve", help="Pool sizes to measure one after the other, with commas.")
 @click.option("--plot", help="PNG of seconds against pool size, with --curve.")
