@@ -126,7 +126,7 @@ def _plain(run: Run, network, scratch: str) -> dict:
     top = pfk.TopK(centers.num_rows, run.config.top_k)
     for chunk in enumerate(paths):
         with timer:
-            scores, keys, _ = scorer.score([chunk], run.config.top_k)
+            (scores, keys), _ = scorer.score([chunk], run.config.top_k)
         top.merge(pfk.TopK.of(torch.tensor(scores), torch.tensor(keys)))
     selection = pick(score.candidates_table(top, centers, paths), run.config.budget)["image_id"].to_pylist()
     return {"seconds": time.perf_counter() - start, "arithmetic": timer.seconds, "selection": selection}

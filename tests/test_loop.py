@@ -157,7 +157,7 @@ def test_the_selection_does_not_depend_on_the_order_of_arrival(finished):
     scorer = score.Scorer(finished, finished.stored_kernel(), origin, *(x.numpy() for x in described), 1)
     top = TopK(centers.num_rows, 4)
     for shards in np.array_split(np.arange(len(paths))[::-1], 3):
-        scores, keys, _ = scorer.score([(int(i), paths[i]) for i in shards], 4)
+        (scores, keys), _ = scorer.score([(int(i), paths[i]) for i in shards], 4)
         top.merge(TopK.of(torch.from_numpy(scores), torch.from_numpy(keys)))
     picked = pick(score.candidates_table(top, centers, paths), 12)
     selection = finished.read(finished.round(1).selection)

@@ -198,21 +198,15 @@ class TopK:
         if scores_RB.shape[1] >= k:
             floor_R = torch.maximum(floor_R, scores_RB.topk(k, dim=1).values[:, -1] - bound)
         flat_E = (scores_RB >= (floor_R - bound)[:, None]).flatten().nonzero().squeeze(1)
-        if len(flat_E) > DENSE * scores_RB.numel():
+        if part.factor is None and len(flat_E) > DENSE * scores_RB.numel():
             self._settle_all(part)
         else:
             self._settle(part, flat_E // len(part.keys), flat_E % len(part.keys))
 
     def _settle_all(self, part: "_Part") -> None:
-        """Scores all pairs exactly and merges them."""
+        """Scores all pairs exactly, and merges them; without a factor."""
         self.counts["dense"] += len(part.rows) * len(part.keys)
-        if part.factor is None:
-            scores_RB = part.kernel.exact_block(part.centers, part.pool)
-        else:
-            every = torch.arange(len(part.rows) * len(part.keys), device=part.rows.device)
-            rows, cols = every % len(part.rows), every // len(part.rows)
-            scores = part.kernel.exact_pairs(part.centers, part.pool, rows, cols, part.factor[cols])
-            scores_RB = scores.view(len(part.keys), -1).T
+        scores_RB = part.kernel.exact_block(part.centers, part.pool)
         low_RB = scores_RB < self._least_M[part.rows, None]
         scores = torch.cat([self._scores_MK[part.rows], scores_RB.masked_fill_(low_RB, -torch.inf)], dim=1)
         keys = torch.cat([self._keys_MK[part.rows], part.keys.expand_as(scores_RB).masked_fill(low_RB, -1)], dim=1)
@@ -266,7 +260,7 @@ class TopK:
         found, total = [], 0
         for some in scan.survivors(part.kernel, centers, pool, floor_R, part.factor32):
             block = part.images(some.images)
-            if len(some.rows) > DENSE * len(block.rows) * len(block.keys):  # nearly all tie
+            if part.factor is None and len(some.rows) > DENSE * len(block.rows) * len(block.keys):  # nearly all tie
                 self._settle_all(block)
                 floor_R.copy_(self._floor(part.rows))
                 continue

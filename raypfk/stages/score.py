@@ -52,7 +52,9 @@ class Scorer:
     def ready(self) -> None:
         """Returns when the actor is up."""
 
-    def score(self, shards: Sequence[Numbered], k: int, rows: slice, floor_M: np.ndarray) -> tuple[tuple, dict]:
+    def score(
+        self, shards: Sequence[Numbered], k: int, rows: slice = slice(None), floor_M: np.ndarray | None = None
+    ) -> tuple[tuple, dict]:
         """Top-K of `shards` for some of the centers, among scores of at least `floor_M`.
 
         Returns (scores (M, k) float32, keys (M, k) int64), and facts: images, shards, when it began, the K-th best
@@ -60,7 +62,8 @@ class Scorer:
         """
         began, images = time.time(), 0
         centers = self.centers.rows(rows)
-        top = TopK(len(centers.z), k, floor_M=torch.from_numpy(floor_M.copy()))
+        floor = None if floor_M is None else torch.from_numpy(floor_M.copy())
+        top = TopK(len(centers.z), k, floor_M=floor)
         for pool, keys in self._segments(shards):
             top.add(self.kernel, centers, pool, keys)
             images += len(keys)
