@@ -302,7 +302,7 @@ def _seconds(kernel: Kernel, precision: Precision, part: Descriptors) -> float:
         pool, best = round_to(kernel, precision, part, centers.steps), float("inf")
         for _ in range(5):
             start = time.perf_counter()
-            for _ in survivors(kernel, centers, pool, torch.full((TILE_CENTERS,), torch.inf)):
+            for _ in survivors(kernel, centers, pool, torch.full_like(centers.errors[0], torch.inf)):
                 pass
             best = min(best, time.perf_counter() - start)
         return best

@@ -124,7 +124,7 @@ class TopK:
         image, slot = ((votes.classes == label) & (votes.shares > 0)).nonzero(as_tuple=True)
         factor = votes.shares[image, slot].double() ** votes.gamma
         self._add(kernel, rows, centers, pool.rows(image), keys[image], factor)
-        worst = torch.maximum(self._scores_MK[rows, -1], self._least_M[rows])
+        worst = self._floor(rows)
         if (worst <= 0).any():  # a list that is not full of better ones has room for zeros, smallest keys first
             silent = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
             silent[image] = False
