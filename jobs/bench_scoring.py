@@ -180,7 +180,7 @@ def _faiss(setting: Setting, centers: Descriptors, images: Descriptors):
 def _products(setting: Setting, precision: str, centers: Descriptors, images: Descriptors):
     """The products that the scan needs, in tiles as it has them, and nothing else."""
     centers = scan.round_to(setting.kernel, precision, centers)
-    images = scan.round_to(setting.kernel, precision, images, centers.steps)
+    images = scan.round_to(setting.kernel, precision, images)
     dtype = torch.int32 if precision == "int8" else images.matrices[0].dtype
     multiply = torch._int_mm if precision == "int8" else torch.mm
     tiles = list(torch.arange(setting.centers).split(scan.TILE_CENTERS))

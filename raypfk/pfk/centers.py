@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
+from raypfk.pfk.kernel import Descriptors, Kernel
 
 FRONT_NUMBERS = 2 << 20  # of the features and Fisher scores in front: every choice reads them, so they lie in cache
 FRONT_LEAST = 512
@@ -41,7 +41,7 @@ def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> T
     sound_M = _all_finite(misses.z) & _all_finite(misses.g)
     sound, broken = _where(sound_M), _where(~sound_M)
     misses = (misses.rows(sound) if len(broken) else misses).to(torch.float32)
-    _check_standardised(kernel, misses)
+    kernel.check_standardised("misses", misses)
     alone = drawn[~sound_M[drawn]]  # similar to nobody
     count = min(p - len(alone), len(sound))
     first = int(_where(sound == drawn)) if not len(alone) else None
@@ -51,12 +51,6 @@ def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> T
 
 def _all_finite(x_ML: Tensor) -> Tensor:
     return (x_ML.amin(1) > -torch.inf) & (x_ML.amax(1) < torch.inf)  # a NaN is neither
-
-
-def _check_standardised(kernel: Kernel, misses: Descriptors) -> None:
-    used = misses[:1] if kernel.name == "pcc" else misses
-    if any((x[:, span].norm(dim=1) > MAX_LENGTH).any() for x in used for span in kernel.spans):
-        raise ValueError("misses: expected standardised descriptors, got a scale longer than 1")
 
 
 class _Greedy:

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from raypfk.pfk import loops
 from raypfk.pfk.descriptors import check_lengths
+from raypfk.pfk.loops import MAX_LENGTH
 
 KernelName = Literal["pcc", "pfk", "pfk-sum"]
 WeightKind = Literal["length", "length-squared", "equal"]
 
 PAIR_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 25}  # numbers of one chunk of pairs: cache on a CPU, launches on a GPU
-MAX_LENGTH = 1.001  # of a standardised scale, also where it was stored as float16
 LENGTH_SLACK = 1.01  # > MAX_LENGTH ** 4: at most four vectors enter a score
 
 
@@ -86,6 +88,28 @@ class Kernel:
         ends = [sum(self.lengths[: j + 1]) for j in range(len(self.lengths))]
         return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
+    @cached_property
+    def used_scales(self) -> list[tuple[slice, float]]:
+        """Columns and weight of the scales that count (a single number has weight 0 by `length`), at least one."""
+        scales = list(zip(self.spans, self.weights, strict=True))
+        return [(span, w) for span, w in scales if w] or scales[:1]
+
+    def vectors(self, part: Descriptors) -> list[tuple[Tensor, slice]]:
+        """Of each scale that counts the features and, but for `pcc`, the Fisher scores: (N, L), and which columns."""
+        return [(x, span) for span, _ in self.used_scales for x in (part if self.name != "pcc" else part[:1])]
+
+    def matrices(self, part: Descriptors) -> tuple[Tensor, ...]:
+        """The `vectors` as views (N, L_j)."""
+        return tuple(x[:, span] for x, span in self.vectors(part))
+
+    def check_standardised(self, name: str, part: Descriptors) -> Tensor:
+        """Mask (N,) of the images without a NaN; ValueError for a scale longer than 1, or infinite."""
+        used = part if self.name != "pcc" else part[:1]
+        lengths_TN = torch.cat([_lengths(x, self.spans) for x in used])
+        if (lengths_TN > MAX_LENGTH).any():
+            raise ValueError(f"{name}: expected standardised descriptors, got a scale longer than 1")
+        return ~lengths_TN.isnan().any(0)
+
     def block(self, centers: Descriptors, pool: Descriptors) -> Tensor:
         """Scores (M, B) of all pairs in the dtype of the descriptors; in float32 within `error_bound` of the exact."""
         w_L = torch.cat([centers.z.new_full((n,), w) for n, w in zip(self.lengths, self.weights, strict=True)])
@@ -104,19 +128,21 @@ class Kernel:
             scores_MB.addcmul_(rz_MB, rg_MB)
         return scores_MB
 
-    def exact_block(self, centers: Descriptors, pool: Descriptors) -> Tensor:
-        """Scores (M, B) of all pairs as `pairs` gives them, rounded to float32, to the bit, for many pairs much faster.
+    def exact_block(self, centers: Descriptors, pool: Descriptors, factor_B: Tensor | None = None) -> Tensor:
+        """Scores (M, B) of all pairs as `exact_pairs` gives them, for many pairs much faster.
 
         Products in float64 are exact to far less than the spacing of float32; where the rounding could still go either
         way, `pairs` decides.
         """
         scores_MB, bound = self.block(centers.to(torch.float64), pool.to(torch.float64)), 2 * self._bound(2.0**-53)
+        scores_MB = scores_MB if factor_B is None else scores_MB * factor_B
         doubt_MB = (scores_MB - bound).float() != (scores_MB + bound).float()
         doubt_MB &= ~(self._scores_zero(centers)[:, None] | self._scores_zero(pool))
         rows, cols = doubt_MB.nonzero(as_tuple=True)
         scores_MB = scores_MB.float()
         if len(rows):
-            scores_MB[rows, cols] = self.pairs(centers, pool, rows, cols).float()
+            decided = self.pairs(centers, pool, rows, cols)
+            scores_MB[rows, cols] = (decided if factor_B is None else decided * factor_B[cols]).float()
         return scores_MB
 
     def _scores_zero(self, part: Descriptors) -> Tensor:
@@ -134,43 +160,31 @@ class Kernel:
         chunks = zip(rows.split(size), cols.split(size), strict=True)
         return torch.cat([self._pair_chunk(centers, pool, r, c) for r, c in chunks])
 
-    def pairs32(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
-        """As `pairs` but (Q,) float32 within `error_bound`, and many times as fast; `cols` must ascend."""
-        return self._sampled(centers, pool, rows, cols, torch.float32)
-
     def exact_pairs(
         self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor, factor_Q: Tensor | None = None
     ) -> Tensor:
         """`pairs`, times `factor_Q` (Q,) float64 in 0..1 if given, rounded to float32: to the bit, but faster.
 
-        `cols` must ascend. Sums in any order are exact to far less than the spacing of float32; where the rounding
-        could still go either way, `pairs` decides.
+        Sums in any order are exact to far less than the spacing of float32; where the rounding could still go either
+        way, `pairs` decides.
         """
         factor_Q = 1.0 if factor_Q is None else factor_Q
-        scores_Q, bound = self._sampled(centers, pool, rows, cols, torch.float64) * factor_Q, 2 * self._bound(2.0**-53)
+        scores_Q, bound = self._pair_scores(centers, pool, rows, cols) * factor_Q, 2 * self._bound(2.0**-53)
         doubt = ((scores_Q - bound).float() != (scores_Q + bound).float()).nonzero().squeeze(1)
-        factor = factor_Q if isinstance(factor_Q, float) else factor_Q[doubt]
-        decided = (self.pairs(centers, pool, rows[doubt], cols[doubt]) * factor).float() if len(doubt) else ()
         scores_Q = scores_Q.float()
         if len(doubt):
-            scores_Q[doubt] = decided
+            factor = factor_Q if isinstance(factor_Q, float) else factor_Q[doubt]
+            scores_Q[doubt] = (self.pairs(centers, pool, rows[doubt], cols[doubt]) * factor).float()
         return scores_Q
 
-    def _sampled(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor, dtype) -> Tensor:
-        """Scores (Q,) of pairs in `dtype`, summed in any order."""
-        if (cols[1:] < cols[:-1]).any():
-            raise ValueError("expected pairs in ascending order of cols")
-        hit, cols = cols.unique_consecutive(return_inverse=True)
-        sides = zip(self._matrices(pool), self._matrices(centers), strict=True)
-        r = [_sampled_products(a.index_select(0, hit).to(dtype), b.to(dtype), cols, rows) for a, b in sides]
-        if self.name == "pfk":
-            return sum(w * rz * rg for w, rz, rg in zip(self.weights, r[::2], r[1::2], strict=True))
-        per = len(r) // len(self.weights)
-        return sum(self.weights[i // per] * x for i, x in enumerate(r))
-
-    def _matrices(self, part: Descriptors) -> list[Tensor]:
-        """Of each scale the features and, but for `pcc`, the Fisher scores."""
-        return [x[:, span] for span in self.spans for x in (part if self.name != "pcc" else part[:1])]
+    def _pair_scores(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
+        """Scores (Q,) float64 of distinct pairs, summed in any order."""
+        sampled = _sampled_on_cpu if rows.device.type == "cpu" else _sampled
+        rz_SQ = sampled(centers.z, pool.z, self.spans, rows, cols)
+        if self.name != "pcc":
+            rg_SQ = sampled(centers.g, pool.g, self.spans, rows, cols)
+            rz_SQ = rz_SQ * rg_SQ if self.name == "pfk" else rz_SQ + rg_SQ
+        return rz_SQ.new_tensor(self.weights) @ rz_SQ
 
     def _pair_chunk(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
         rz_Qj = self._correlations(centers.z, pool.z, rows, cols)
@@ -214,15 +228,42 @@ def _products_may_round_inputs() -> bool:
     return any(setting not in ("none", "ieee") for setting in settings)
 
 
-def _sampled_products(a_Nl: Tensor, b_Ml: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """a[rows[q]] · b[cols[q]] (Q,), without a copy of any row; `rows` ascend."""
-    starts = torch.zeros(len(a_Nl) + 1, dtype=torch.int64, device=rows.device)
-    starts[1:] = torch.bincount(rows, minlength=len(a_Nl)).cumsum(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        shape = (len(a_Nl), len(b_Ml))
-        wanted = torch.sparse_csr_tensor(starts, cols, a_Nl.new_zeros(len(rows)), shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(wanted, a_Nl, b_Ml.T, beta=0.0).values()
+def _starts(spans: list[slice]):
+    return np.array([*(span.start for span in spans), spans[-1].stop])
+
+
+def _lengths(x_NL: Tensor, spans: list[slice]) -> Tensor:
+    """(S, N) the length of each scale."""
+    if x_NL.device.type != "cpu":
+        return torch.stack([x_NL[:, span].norm(dim=1) for span in spans])
+    lengths_SN = x_NL.new_empty(len(spans), len(x_NL))
+    loops.lengths(x_NL.contiguous().numpy(), _starts(spans), lengths_SN.numpy())
+    return lengths_SN
+
+
+def _sampled_on_cpu(a_ML: Tensor, b_BL: Tensor, spans: list[slice], rows: Tensor, cols: Tensor) -> Tensor:
+    """(S, Q) float64: the products of each scale of a[rows[q]] and b[cols[q]]."""
+    out_SQ = a_ML.new_empty(len(spans), len(rows), dtype=torch.float64)
+    a, b = a_ML.contiguous().numpy(), b_BL.contiguous().numpy()
+    loops.pair_products(a, b, _starts(spans), rows.numpy(), cols.numpy(), out_SQ.numpy())
+    return out_SQ
+
+
+def _sampled(a_ML: Tensor, b_BL: Tensor, spans: list[slice], rows: Tensor, cols: Tensor) -> Tensor:
+    """As `_sampled_on_cpu`, on any device, without a copy of any row for each of its pairs."""
+    order = cols.argsort(stable=True)
+    hit, place = cols[order].unique_consecutive(return_inverse=True)
+    starts = torch.zeros(len(hit) + 1, dtype=torch.int64, device=rows.device)
+    starts[1:] = torch.bincount(place, minlength=len(hit)).cumsum(0)
+    out_SQ = a_ML.new_empty(len(spans), len(rows), dtype=torch.float64)
+    for out_Q, span in zip(out_SQ, spans, strict=True):
+        a_Ml, b_Hl = a_ML[:, span].double(), b_BL[:, span].index_select(0, hit).double()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+            shape, zeros_Q = (len(hit), len(a_Ml)), b_Hl.new_zeros(len(rows))
+            wanted = torch.sparse_csr_tensor(starts, rows[order], zeros_Q, shape, check_invariants=False)
+            out_Q[order] = torch.sparse.sampled_addmm(wanted, b_Hl, a_Ml.T, beta=0.0).values()
+    return out_SQ
 
 
 def _fixed_order_sum(x_Ql: Tensor) -> Tensor:

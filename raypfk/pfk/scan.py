@@ -1,282 +1,268 @@
 """The scan: which pairs of centers and pool images can score as high as a floor? Blocked, in low precision, proven.
 
-Descriptors are rounded to `int8` or `bfloat16` (or left `float32`), multiplied in tiles that stay in a core's cache,
-and each score is compared with its center's floor less a bound on what the rounding did to it (`Rounded.errors`). No
-pair that reaches its floor is missed, whatever the precision; the few others that come along are told apart by exact
-scores later (topk.py). Nothing of size M x B is kept: one block of scores at a time.
+Descriptors are rounded to `int8` or `bfloat16` (or left `float32`) and multiplied in tiles that stay in a core's cache.
+From the products and the distance that rounding moved each vector follows what each pair's score can be at most; no
+pair that reaches its center's floor is missed, whatever the precision, and the few others that come along are told
+apart by exact scores later (topk.py). Nothing of size M x B is kept: one tile of scores at a time.
 
-Shapes: M centers, B pool images, l = L_j numbers of a scale, S pairs that survive.
+Shapes: M centers, B pool images, T matrices (of each scale that counts z and, but for `pcc`, g), l = L_j numbers of
+one, S terms of the kernel's sum.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from raypfk.pfk import fused
+from raypfk.pfk import fused, loops
 from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
 
 Precision = Literal["float32", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "int8")
 
-TILE_CENTERS = 512  # with TILE_POOL: by trial the best of a core with 1.25 MiB of its own cache
-TILE_POOL = 256
-BLOCK_POOL = 4096  # survivors are looked for once in so many images
-GROUP = 16  # images whose largest score is compared first
-CLIPS = (1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the largest number of any center: tried as the largest of int8
-SAMPLE = 256  # centers that they are tried on
-NEARLY_ALL = 0.99  # of these
-OUTLIER = 2.0  # a pool image that rounding moves this much farther than the median one is scanned in float32
+TILE_CENTERS, TILE_POOL = 512, 256  # by trial the best of a core with 1.25 MiB of its own cache
+DENSE_CENTERS, DENSE_POOL = 8192, 4096  # where torch scores whole tiles: memory, and calls
 FUSED_CAPACITY = 256  # survivors of one center that the fused kernel lists
+Z, G = 0, 1  # in a scale's pair of matrices
+ONE_BY_ONE = 1 / 32  # of a tile's pairs whose second factor may be computed one by one
 U_BFLOAT16 = 2.0**-9
+
+Pairs = tuple[Tensor, Tensor]
+"""Rows of centers and of pool images (Q,), int64."""
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Descriptors as a scan reads them: of each used scale a matrix (N, l) of z and, but for `pcc`, one of g.
+    """Descriptors as a scan reads them, one matrix (N, l) for each of the T.
 
-    steps: the number that one unit of a matrix stands for. errors: per matrix (N,) float32, an upper bound on the
-    distance between a vector and what was kept of it. whole: the descriptors that the matrices are slices of, if they
-    are.
+    steps_TN: float32, what 1 in a row of a matrix stands for. errors_TN: float32, an upper bound on the distance
+    between a vector and what was kept of it. whole: the descriptors that the matrices are slices of, if they are.
     """
 
     precision: Precision
     matrices: tuple[Tensor, ...]
-    steps: tuple[float, ...]
-    errors: tuple[Tensor, ...]
+    steps_TN: Tensor
+    errors_TN: Tensor
     whole: Descriptors | None = None
 
-    @cached_property
-    def tiles(self) -> list[tuple[Tensor, ...]]:
-        """Each matrix in tiles of the pool."""
-        return [x.split(TILE_POOL) for x in self.matrices]
-
     def rows(self, index: slice | Tensor) -> "Rounded":
-        matrices, errors = (tuple(x[index] for x in part) for part in (self.matrices, self.errors))
-        return Rounded(self.precision, matrices, self.steps, errors, self.whole and self.whole.rows(index))
+        matrices = tuple(x[index] for x in self.matrices)
+        whole = self.whole and self.whole.rows(index)
+        return Rounded(self.precision, matrices, self.steps_TN[:, index], self.errors_TN[:, index], whole)
 
 
-class Survivors(NamedTuple):
-    """Pairs (S,) of a block, int64."""
-
-    images: slice
-    """The images that were looked at."""
-    rows: Tensor
-    """The centers."""
-    cols: Tensor
-    """The images."""
-
-
-def used_scales(kernel: Kernel) -> list[tuple[slice, float]]:
-    """Columns and weight of the scales that count (a single number has weight 0 by `length`), at least one."""
-    scales = list(zip(kernel.spans, kernel.weights, strict=True))
-    return [(span, w) for span, w in scales if w] or scales[:1]
-
-
-def round_to(
-    kernel: Kernel, precision: Precision, part: Descriptors, steps: tuple[float, ...] | None = None
-) -> Rounded:
-    """Finite standardised float32 descriptors (N, L) in `precision`; int8 in `steps`, by default from the data itself.
-
-    int8 is symmetric and has one step per matrix, so that scores of a whole tile share their unit; what lies beyond
-    127 steps is clipped, and the vector's error says so.
-    """
-    sources = _slices(kernel, part)
+def round_to(kernel: Kernel, precision: Precision, part: Descriptors) -> Rounded:
+    """Finite standardised float32 descriptors (N, L) in `precision`; int8 is symmetric, with one step per vector."""
     if precision == "int8":
-        return _round_to_int8(sources, steps or tuple(_step(x) for x in sources))
-    whole, errors = part, tuple(x.new_zeros(len(x)) for x in sources)
+        return _round_to_int8(kernel, part)
+    whole = part.to(torch.bfloat16) if precision == "bfloat16" else part
+    matrices = kernel.matrices(whole)
+    errors_TN = part.z.new_zeros(len(matrices), len(part.z))
     if precision == "bfloat16":
-        whole = part.to(torch.bfloat16)
-        errors = tuple(_length(x - y) for x, y in zip(sources, _slices(kernel, whole), strict=True))
-    return Rounded(precision, _slices(kernel, whole), (1.0,) * len(sources), errors, whole)
+        for error, x, y in zip(errors_TN, kernel.matrices(part), matrices, strict=True):
+            error.copy_(_upper((x - y).norm(dim=1)))
+    return Rounded(precision, matrices, torch.ones_like(errors_TN), errors_TN, whole)
 
 
-def _slices(kernel: Kernel, part: Descriptors) -> tuple[Tensor, ...]:
-    return tuple(x[:, span] for span, _ in used_scales(kernel) for x in (part if kernel.name != "pcc" else part[:1]))
+def _upper(length_N: Tensor) -> Tensor:
+    return length_N * 1.0001 + 1e-6  # computed in float32, it is itself rounded
 
 
-def _length(x_Nl: Tensor) -> Tensor:
-    return x_Nl.norm(dim=1).mul_(1.0001)  # the norm is rounded, too
+def _round_to_int8(kernel: Kernel, part: Descriptors) -> Rounded:
+    vectors = kernel.vectors(part)
+    matrices = tuple(x[:, span].new_empty(x[:, span].shape, dtype=torch.int8) for x, span in vectors)
+    steps_TN, errors_TN = part.z.new_empty(2, len(vectors), len(part.z))
+    for (x_NL, span), codes_Nl, step_N, error_N in zip(vectors, matrices, steps_TN, errors_TN, strict=True):
+        if x_NL.device.type == "cpu":
+            arrays = (x.numpy() for x in (codes_Nl, step_N, error_N))
+            loops.round_to_int8(x_NL.contiguous().numpy(), span.start, *arrays)
+        else:
+            _round_rows(x_NL[:, span], codes_Nl, step_N, error_N)
+    return Rounded("int8", matrices, steps_TN, errors_TN)
 
 
-def _round_to_int8(sources: tuple[Tensor, ...], steps: tuple[float, ...]) -> Rounded:
-    codes = tuple(torch.empty(x.shape, dtype=torch.int8, device=x.device) for x in sources)
-    errors = tuple(x.new_zeros(len(x)) for x in sources)
-    for start in range(0, len(sources[0]), TILE_POOL):  # in pieces that stay in cache between the passes
-        piece = slice(start, start + TILE_POOL)
-        for x, step, code, error in zip(sources, steps, codes, errors, strict=True):
-            y = (x[piece] * (1 / step)).round_().clamp_(-127, 127)
-            code[piece].copy_(y)
-            error[piece].copy_(_length(torch.sub(x[piece], y, alpha=step)))
-    return Rounded("int8", codes, steps, errors)
+def _round_rows(x_Nl: Tensor, codes_Nl: Tensor, step_N: Tensor, error_N: Tensor) -> None:
+    torch.div(x_Nl.abs().amax(1), 127, out=step_N)
+    step_N[step_N == 0] = 1.0
+    codes_Nl.copy_((x_Nl / step_N[:, None]).round_().clamp_(-127, 127))
+    error_N.copy_(_upper((x_Nl - codes_Nl * step_N[:, None]).norm(dim=1)))
 
 
-def _step(x_Nl: Tensor) -> float:
-    """The int8 step that moves nearly all vectors of a sample least: a long one rounds more, a short one clips some."""
-    x_Nl = x_Nl[:: max(1, len(x_Nl) // SAMPLE)]
-    largest = float(x_Nl.abs().max()) if x_Nl.numel() else 0.0
-    steps = [largest * clip / 127 for clip in CLIPS] if largest else [1.0]
-    codes = ((x_Nl / step).round_().clamp_(-127, 127) * step for step in steps)
-    moved = [float((x_Nl - code).norm(dim=1).quantile(NEARLY_ALL)) if len(x_Nl) else 0.0 for code in codes]
-    return steps[moved.index(min(moved))]
+class Bounds(NamedTuple):
+    """What makes of products the largest possible scores, and what these must reach; float32."""
+
+    weights_S: Tensor
+    center_steps_TM: Tensor
+    center_errors_TM: Tensor
+    pool_steps_TB: Tensor
+    pool_errors_TB: Tensor
+    factor_B: Tensor
+    limit_M: Tensor
 
 
-def drop_outliers(pool: Rounded) -> Tensor:
-    """Rows (int64, few) that rounding moved much more than most: emptied here, so that they do not widen all bounds."""
-    far = torch.zeros_like(pool.errors[0], dtype=torch.bool)
-    for error in pool.errors:
-        moved = error[error > 0]
-        if len(moved):
-            far |= error > OUTLIER * moved.median()
-    index = far.nonzero().squeeze(1)
-    for x in (*pool.matrices, *pool.errors):
-        x.index_fill_(0, index, 0)
-    return index
+def _bounds(kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor, factor_B: Tensor | None) -> Bounds:
+    """A correlation is off by |z_m - ẑ_m| |z_n| + |ẑ_m| |z_n - ẑ_n| at most (Cauchy-Schwarz): one part of it is the
+    center's, the other, with the largest |ẑ_m|, the image's."""
+    error_TM, error_TB = centers.errors_TN * MAX_LENGTH, pool.errors_TN
+    if error_TM.numel():
+        error_TB = error_TB * (MAX_LENGTH + centers.errors_TN.amax(1, keepdim=True))
+    if centers.precision == "bfloat16":  # and products come out in bfloat16
+        error_TB = error_TB + 1.02 * U_BFLOAT16
+    weights = [w for _, w in kernel.used_scales for _ in range(2 if kernel.name == "pfk-sum" else 1)]
+    factor_B = torch.ones_like(error_TB[0]) if factor_B is None else factor_B
+    limit_M = floor_M - 2 * kernel.error_bound()
+    parts = centers.steps_TN, error_TM, pool.steps_TN, error_TB, factor_B, limit_M
+    return Bounds(error_TB.new_tensor(weights), *(x.contiguous() for x in parts))
 
 
 def survivors(
-    kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor, factor_B: Tensor | None = None, tight=False
-) -> Iterator[Survivors]:
-    """Block by block of the pool, all pairs whose score (times `factor_B`) reaches `floor_M`.
+    kernel: Kernel,
+    centers: Rounded,
+    pool: Rounded,
+    floor_M: Tensor,
+    factor_B: Tensor | None = None,
+    capacity: int | None = None,
+) -> Pairs | None:
+    """All pairs whose score (times `factor_B` (B,) float32 in 0..1) reaches `floor_M` (M,) float32, in any order.
 
-    Centers are one tile's at most. Pairs that just fail to reach it may come along.
-    `floor_M` is read anew for every block. `factor_B` (B,) is in 0..1. `tight` bounds the correlations, which `pfk`
-    multiplies a rounding error by, by what the block holds and not by 1: worth its cost where all of them are small.
+    Pairs that just fail to reach it may come along. None where there are more than `capacity`. A product of r and s
+    that were rounded by a and e is at most r s + |s| a + |r| e + a e: where both are small, as of nearly all pairs,
+    so is the margin.
     """
+    capacity = len(floor_M) * pool.errors_TN.shape[1] if capacity is None else capacity
+    bounds = _bounds(kernel, centers, pool, floor_M, factor_B)
+    if floor_M.device.type == "cpu":
+        return _by_tiles(kernel, centers, pool, bounds, capacity)
     if factor_B is None and pool.whole and fused.available(floor_M.device):
-        yield from _fused_survivors(kernel, centers, pool, floor_M)
-        return
-    yield from _block_survivors(_Tile(kernel, centers, pool, factor_B, tight), floor_M)
+        return _by_fused_kernel(kernel, centers, pool, bounds, capacity)
+    return _by_torch(kernel, centers, pool, bounds, capacity)
 
 
-def _block_survivors(tile: "_Tile", floor_M: Tensor) -> Iterator[Survivors]:
-    tile.allocate()
-    for start in range(0, tile.num_images, BLOCK_POOL):
-        piece = slice(start, min(start + BLOCK_POOL, tile.num_images))
-        tile.score(piece)
-        limit_M = tile.limit(floor_M, piece) / tile.unit
-        group, row = (tile.tops[: -(-(piece.stop - start) // GROUP)] >= limit_M).nonzero(as_tuple=True)
-        scores_HG = tile.scores.view(-1, GROUP, tile.num_centers)[group, :, row]
-        hit, place = (scores_HG >= limit_M[row, None]).nonzero(as_tuple=True)
-        cols = start + group[hit] * GROUP + place
-        real = cols < piece.stop  # and not padding, where the limit is -inf
-        yield Survivors(piece, row[hit][real], cols[real])
+def _by_tiles(kernel: Kernel, centers: Rounded, pool: Rounded, bounds: Bounds, capacity: int) -> Pairs | None:
+    """On a CPU: products of a tile by a library, all else in one pass over them while they are in cache."""
+    pairs, found, m = torch.empty(2, capacity, dtype=torch.int32), 0, len(bounds.limit_M)
+    search = _Search(kernel, centers, pool, bounds, pairs.numpy())
+    memory = _Products.memory(centers, min(TILE_CENTERS, m))
+    tiles = [_Products(centers, row, min(TILE_CENTERS, m - row), memory) for row in range(0, m, TILE_CENTERS)]
+    for i, images in enumerate(zip(*(x.split(TILE_POOL) for x in pool.matrices), strict=True)):
+        for tile in tiles:
+            found = search.tile(tile, images, i * TILE_POOL, found)
+            if found < 0:
+                return None
+    rows, cols = pairs[:, :found].long()
+    return rows, cols
 
 
-class _Tile:
-    """Scores of one tile of centers with blocks of the pool, in units of the first term's weight.
+class _Search:
+    """Finds the survivors of tiles; of a `pfk` score by one of its factors first, as long as that leaves few."""
 
-    A term is a scale (`pfk`), or a matrix of one. unit: what 1 of a product of codes stands for.
-    """
+    def __init__(self, kernel: Kernel, centers: Rounded, pool: Rounded, bounds: Bounds, pairs_2C: np.ndarray):
+        self._paired, self._pairs_2C, self._bounds = kernel.name == "pfk", pairs_2C, tuple(x.numpy() for x in bounds)
+        self._firsts = [Z, G] if self._paired and centers.precision == "int8" else []
+        self._codes = [tuple(x.numpy() for x in part.matrices) for part in (centers, pool)] if self._firsts else []
 
-    def __init__(self, kernel: Kernel, centers: Rounded, pool: Rounded, factor_B: Tensor | None, tight: bool):
-        self.kernel, self.centers, self.pool, self.factor_B, self.tight = kernel, centers, pool, factor_B, tight
-        self.num_centers, self.num_images = len(centers.errors[0]), len(pool.errors[0])
-        self.units = [a * b for a, b in zip(centers.steps, pool.steps, strict=True)]
-        self.factors = 2 if kernel.name == "pfk" else 1  # correlations that are multiplied in a term
-        weights = [w for _, w in used_scales(kernel)]
-        self.weights = [w for w in weights for _ in range(2 if kernel.name == "pfk-sum" else 1)]
-        per = self.factors
-        self.terms = [w * prod(self.units[i * per : (i + 1) * per]) for i, w in enumerate(self.weights)]
-        self.unit = self.terms[0] or 1.0
-
-    def allocate(self) -> None:
-        """Makes the buffers that `score` works in, and the views: making one costs as much as a small product."""
-        codes, m, rows = (
-            self.centers.matrices[0],
-            self.num_centers,
-            -(-min(BLOCK_POOL, self.num_images) // GROUP) * GROUP,
-        )
-        device, dtype = codes.device, torch.int32 if codes.dtype == torch.int8 else codes.dtype
-        self.multiply = torch._int_mm if codes.dtype == torch.int8 else torch.mm
-        self.transposed = [x.T for x in self.centers.matrices]
-        self.products = [torch.empty(TILE_POOL, m, dtype=dtype, device=device) for _ in range(self.factors)]
-        self.floats = [torch.empty(TILE_POOL, m, device=device) for _ in range(self.factors)]
-        self.scores, self.tops = torch.empty(rows, m, device=device), torch.empty(rows // GROUP, m, device=device)
-
-    def score(self, piece: slice) -> None:
-        """Leaves the scores of a piece of the pool in `scores`, (rows, M), and each group's largest in `tops`."""
-        self.reach = [0.0] * len(self.units)
-        n = piece.stop - piece.start
-        self.scores[n:] = -torch.inf
-        whole = -(-n // GROUP) * GROUP
-        tiles = self.scores[:whole].split(TILE_POOL), self.tops[: whole // GROUP].split(TILE_POOL // GROUP)
-        for i, (scores_bM, tops_GM) in enumerate(zip(*tiles, strict=True)):
-            number = piece.start // TILE_POOL + i
-            out_bM = scores_bM[: min(TILE_POOL, n - i * TILE_POOL)]
-            self._score_tile(out_bM, number)
-            if self.factor_B is not None:
-                out_bM.mul_(self.factor_B[number * TILE_POOL :][: len(out_bM), None])
-            # The largest now, while the tile is in cache.
-            torch.amax(scores_bM.view(-1, GROUP, self.num_centers), 1, out=tops_GM)
-
-    def _score_tile(self, out_bM: Tensor, number: int) -> None:
-        if not self.terms[0]:
-            out_bM.zero_()
-            return
-        for i, term in enumerate(self.terms):
-            r = [self._correlations(i * self.factors + k, number, k) for k in range(self.factors)]
-            if i == 0:
-                torch.mul(*r, out=out_bM) if len(r) == 2 else out_bM.copy_(r[0])
-            elif len(r) == 2:
-                out_bM.addcmul_(*r, value=term / self.unit)
-            else:
-                out_bM.add_(r[0], alpha=term / self.unit)
-
-    def _correlations(self, i: int, number: int, slot: int) -> Tensor:
-        """Of matrix i and a tile of the pool, in the matrix's unit: (rows, M) float32, in the buffer `slot`."""
-        pool_bl, out, real = self.pool.tiles[i][number], self.products[slot], self.floats[slot]
-        if len(pool_bl) < TILE_POOL:
-            out, real = out[: len(pool_bl)], real[: len(pool_bl)]
-        self.multiply(pool_bl, self.transposed[i], out=out)
-        if self.tight:
-            low, high = (float(x) * self.units[i] for x in out.aminmax())
-            self.reach[i] = max(self.reach[i], -low, high)
-        return out if out.dtype == torch.float32 else real.copy_(out)
-
-    def limit(self, floor_M: Tensor, piece: slice) -> Tensor:
-        """(M,) what a score must reach: its floor, less all that rounding may have taken from it."""
-        errors = [self._error(i, piece) for i in range(len(self.units))]
-        if self.factors == 2:  # (r + a)(s + b) - r s = r b + s a + a b
-            reach = [self._reach(i, piece) for i in range(len(self.units))]
-            pairs = zip(errors[::2], errors[1::2], reach[::2], reach[1::2], strict=True)
-            errors = [r * b + s * a + a * b for a, b, r, s in pairs]
-        margin_M = sum(w * error for w, error in zip(self.weights, errors, strict=True))
-        return floor_M - margin_M - 2 * self.kernel.error_bound()
-
-    def _error(self, i: int, piece: slice) -> Tensor:
-        """A bound on how far rounding moved a correlation: |z_m - ẑ_m| |z_n| + |ẑ_m| |z_n - ẑ_n| (Cauchy-Schwarz)."""
-        center_M, image = self.centers.errors[i], self.pool.errors[i][piece].max()
-        error_M = center_M * MAX_LENGTH + (MAX_LENGTH + center_M) * image
-        if self.centers.precision == "bfloat16":  # and products come out in bfloat16
-            error_M = error_M + 1.01 * U_BFLOAT16 * self._reach(i, piece)
-        return error_M
-
-    def _reach(self, i: int, piece: slice) -> Tensor | float:
-        """A bound on the size of the correlations of matrix i, as computed or before."""
-        if self.tight:
-            return self.reach[i] * (1 + 2 * U_BFLOAT16)
-        return (MAX_LENGTH + self.centers.errors[i]) * (MAX_LENGTH + self.pool.errors[i][piece].max())
+    def tile(self, tile: "_Products", images: tuple[Tensor, ...], col: int, found: int) -> int:
+        """Appends to the pairs; the number of all, or -1 when they do not fit."""
+        count = len(images[0])
+        while self._firsts:
+            first = self._firsts[0]
+            products, most = tile.of(images, slice(first, None, 2)), int(count * tile.num_centers * ONE_BY_ONE)
+            place = (self._bounds, tile.row, col, self._pairs_2C, found)
+            now = loops.survivors_by_one(products, count, first, *self._codes, *place, most)
+            if now != loops.TOO_MANY:
+                return now
+            self._firsts = self._firsts[1:]
+        products = tile.of(images)
+        return loops.survivors(products, count, self._paired, self._bounds, tile.row, col, self._pairs_2C, found)
 
 
-def _fused_survivors(kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Tensor) -> Iterator[Survivors]:
-    """`survivors` by the fused kernel; centers with more of them than it lists go on in blocks."""
-    all_images = slice(0, len(pool.errors[0]))
-    limit_M = _Tile(kernel, centers, pool, None, False).limit(floor_M, all_images) - fused.error_bound(kernel)
+class _Products:
+    """Products of one tile of centers with tiles of the pool; all share their memory, for it to stay in cache."""
+
+    @staticmethod
+    def memory(centers: Rounded, m: int) -> tuple[Tensor, Tensor]:
+        """Where products go, and where they are read."""
+        dtype = torch.int32 if centers.precision == "int8" else centers.matrices[0].dtype
+        products = torch.empty(len(centers.matrices) * TILE_POOL * m, dtype=dtype)
+        return products, products.float() if dtype == torch.bfloat16 else products
+
+    def __init__(self, centers: Rounded, row: int, m: int, memory: tuple[Tensor, Tensor]):
+        self.row, self.num_centers, self._transposed = row, m, [x[row : row + m].T for x in centers.matrices]
+        shape = (len(self._transposed), TILE_POOL, m)
+        self._products, self._result = (x[: prod(shape)].view(shape) for x in memory)
+        self._multiply = torch._int_mm if self._products.dtype == torch.int32 else torch.mm
+        self._outs, self._array = list(self._products), self._result.numpy()
+
+    def of(self, images: tuple[Tensor, ...], which: slice = slice(None)) -> np.ndarray:
+        """(T, TILE_POOL, m) int32 or float32, of which as many rows count as there are images, and some matrices."""
+        outs = self._outs if len(images[0]) == TILE_POOL else self._products[:, : len(images[0])]
+        for x, centers_lm, out_bm in zip(images[which], self._transposed[which], outs[which], strict=True):
+            self._multiply(x, centers_lm, out=out_bm)
+        if self._products.dtype == torch.bfloat16:
+            self._result.copy_(self._products)
+        return self._array
+
+
+def _by_torch(kernel: Kernel, centers: Rounded, pool: Rounded, bounds: Bounds, capacity: int) -> Pairs | None:
+    """On any device: what the tiles do, in whole torch operations."""
+    m, n, found, total = len(bounds.limit_M), len(bounds.factor_B), [], 0
+    for row in range(0, m, DENSE_CENTERS):
+        for col in range(0, n, DENSE_POOL):
+            some, images = slice(row, row + DENSE_CENTERS), slice(col, col + DENSE_POOL)
+            bound_mb = _upper_bounds(kernel, centers.rows(some), pool.rows(images), bounds, some, images)
+            hit_mb = bound_mb * bounds.factor_B[images] >= bounds.limit_M[some, None]
+            rows, cols = hit_mb.nonzero(as_tuple=True)
+            found.append((rows + row, cols + col))
+            total += len(rows)
+            if total > capacity:
+                return None
+    rows, cols = (torch.cat(x) for x in zip(*found, strict=True)) if found else bounds.limit_M.new_empty(2, 0).long()
+    return rows, cols
+
+
+def _upper_bounds(kernel, centers: Rounded, pool: Rounded, bounds: Bounds, some: slice, images: slice) -> Tensor:
+    """(m, b) what the scores of a tile can be at most, without the factor."""
+    r, a = [], bounds.center_errors_TM[:, some, None] + bounds.pool_errors_TB[:, None, images]
+    for i, (x_ml, y_bl) in enumerate(zip(centers.matrices, pool.matrices, strict=True)):
+        product_mb = (torch._int_mm if x_ml.dtype == torch.int8 else torch.mm)(x_ml, y_bl.T).float()
+        r.append(product_mb.mul_(centers.steps_TN[i][:, None]).mul_(pool.steps_TN[i]))
+    if kernel.name == "pfk":
+        pairs = zip(r[::2], r[1::2], a[::2], a[1::2], strict=True)
+        terms = [rz * rg + rg.abs() * az + (rz.abs() + az) * ag for rz, rg, az, ag in pairs]
+    else:
+        terms = [x + y for x, y in zip(r, a, strict=True)]
+    return sum(w * term for w, term in zip(bounds.weights_S.tolist(), terms, strict=True))
+
+
+def _by_fused_kernel(kernel: Kernel, centers: Rounded, pool: Rounded, bounds: Bounds, capacity: int) -> Pairs | None:
+    """On Hopper: one margin per center, no matter the image; centers with more survivors than are listed go apart."""
+    limit_M = bounds.limit_M - _largest_margin(kernel, bounds) - fused.error_bound(kernel)
     count_M, cols_MC = fused.survivors(kernel, centers.whole, pool.whole, limit_M, FUSED_CAPACITY)
     fits_M = count_M <= FUSED_CAPACITY
+    if int(count_M[fits_M].sum()) > capacity:
+        return None
     rows, slots = ((cols_MC >= 0) & fits_M[:, None]).nonzero(as_tuple=True)
-    yield Survivors(all_images, rows, cols_MC[rows, slots].long())
-    more = (~fits_M).nonzero().squeeze(1)
-    for few in more.split(TILE_CENTERS) if len(more) else ():
-        tile = _Tile(kernel, centers.rows(few), pool, None, False)
-        for found in _block_survivors(tile, floor_M[few]):
-            yield found._replace(rows=few[found.rows])
+    cols, more = cols_MC[rows, slots].long(), (~fits_M).nonzero().squeeze(1)
+    if not len(more):
+        return rows, cols
+    of_center = ("center_steps_TM", "center_errors_TM", "limit_M")
+    few = bounds._replace(**{name: getattr(bounds, name)[..., more] for name in of_center})
+    others = _by_torch(kernel, centers.rows(more), pool, few, capacity - len(rows))
+    return others and (torch.cat([rows, more[others[0]]]), torch.cat([cols, others[1]]))
+
+
+def _largest_margin(kernel: Kernel, bounds: Bounds) -> Tensor:
+    """(M,) how much rounding may take from a center's score, for any image: correlations are at most of size 1."""
+    a_TM = bounds.center_errors_TM + bounds.pool_errors_TB.amax(1, keepdim=True)
+    if kernel.name == "pfk":
+        z, g = a_TM[::2], a_TM[1::2]
+        a_TM = (z + g) * MAX_LENGTH**2 + z * g
+    return bounds.weights_S @ a_TM
 
 
 def fastest(kernel: Kernel, device: torch.device) -> Precision:
@@ -298,12 +284,12 @@ def _fastest_on_cpu(kernel: Kernel, threads: int) -> Precision:
 def _seconds(kernel: Kernel, precision: Precision, part: Descriptors) -> float:
     """The best of a few scans of a small pool; infinite where this torch cannot multiply in `precision`."""
     try:
-        centers = round_to(kernel, precision, part.rows(slice(0, TILE_CENTERS)))
-        pool, best = round_to(kernel, precision, part, centers.steps), float("inf")
+        pool, best = round_to(kernel, precision, part), float("inf")
+        centers = pool.rows(slice(0, TILE_CENTERS))
+        floor_M = torch.full_like(centers.errors_TN[0], torch.inf)
         for _ in range(5):
             start = time.perf_counter()
-            for _ in survivors(kernel, centers, pool, torch.full_like(centers.errors[0], torch.inf)):
-                pass
+            survivors(kernel, centers, pool, floor_M)
             best = min(best, time.perf_counter() - start)
         return best
     except (RuntimeError, AttributeError):

@@ -1,7 +1,7 @@
 """The exact top-K pool images of each center as an accumulator: add blocks in any order, merge parts, read the result.
 
-Most pairs are told to be out by a scan in low precision (scan.py); those that may be in are scored in float32, and
-those that still may be in, in float64. So the result does not depend on the precision, nor on any block's size.
+Most pairs are told to be out by a scan in low precision (scan.py); those that may be in are scored exactly. So the
+result does not depend on the precision, nor on any block's size.
 
 Shapes: M centers, R some of them, B pool images of a block, K candidates of a center, V votes, E entries of one batch.
 """
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from raypfk.pfk import scan
-from raypfk.pfk.kernel import MAX_LENGTH, Descriptors, Kernel
+from raypfk.pfk.kernel import Descriptors, Kernel
 
+BLOCK = {"cpu": 1 << 14, "cuda": 1 << 16}  # images scanned against the same floors, at most
+GROWTH = 8  # and at most one of so many seen before: floors rise fast at first
+CENTERS = {"cpu": 4096, "cuda": 1 << 16}  # and centers
 HEAD = 4096  # images whose scores give an empty state its first floors
-SEGMENT = 1 << 16  # images scanned against the same floors
-BLOCK_CENTERS = 1024  # centers of a first block
-TILE_CENTERS = {"cpu": scan.TILE_CENTERS}  # centers scanned at once: for a core's cache, or to fill a GPU
+HEAD_NUMBERS = 1 << 23  # scores of them at once
 SMALL = 1 << 22  # pairs for which low precision is not worth its preparation
-BUDGETS = (1 / 512, 1 / 64)  # of a tile's pairs that may be left to rescore: with loose error bounds, with tight ones
-DENSE = 1 / 8  # of the pairs of a block: from there on, all are scored in float64 products at once
-BLOCK_NUMBERS = 1 << 23  # scores of a first block
+BUDGET = {"int8": 1 / 16, "bfloat16": 1 / 16, "float32": 1 / 8}  # of a block's pairs that may be left to rescore
+MOST = 1 << 24  # pairs left to rescore at once
 ENTRIES = 1 << 19  # candidates rescored and merged at once: bounds memory when nearly all scores tie
 
 
@@ -67,7 +67,7 @@ class TopK:
         self._scores_MK = torch.full((num_centers, k), -torch.inf, device=device)
         self._keys_MK = torch.full((num_centers, k), -1, dtype=torch.int64, device=device)
         self._least_M = self._scores_MK[:, 0].clone() if floor_M is None else floor_M.to(self._scores_MK)
-        self._precision, self._caution, self._seen = precision, 0, 0
+        self._precision, self._seen, self._wary = precision, 0, 0
         self.counts: Counter[str] = Counter()
 
     @classmethod
@@ -113,7 +113,7 @@ class TopK:
             pool, keys = pool.rows(fine_B), keys[fine_B]
             votes = votes and votes._replace(classes=votes.classes[fine_B], shares=votes.shares[fine_B])
         if votes is None:
-            self._add(kernel, rows, centers, pool, keys)
+            self._add(_Part(kernel, rows, centers.rows(rows), pool, keys, None))
         else:
             for label in votes.labels[rows].unique().tolist():
                 self._add_class(kernel, rows[votes.labels[rows] == label], centers, pool, keys, votes, label)
@@ -123,7 +123,7 @@ class TopK:
         """The images with a vote for a class, to the centers of that class; the others all score 0 there."""
         image, slot = ((votes.classes == label) & (votes.shares > 0)).nonzero(as_tuple=True)
         factor = votes.shares[image, slot].double() ** votes.gamma
-        self._add(kernel, rows, centers, pool.rows(image), keys[image], factor)
+        self._add(_Part(kernel, rows, centers.rows(rows), pool.rows(image), keys[image], factor))
         worst = self._floor(rows)
         if (worst <= 0).any():  # a list that is not full of better ones has room for zeros, smallest keys first
             silent = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
@@ -138,16 +138,11 @@ class TopK:
         length, m = sum(kernel.lengths), len(self._scores_MK)
         if keys.dtype != torch.int64 or keys.ndim != 1 or (len(keys) and int(keys.min()) < 0):
             raise ValueError(f"expected keys (B,) int64 >= 0, got {tuple(keys.shape)} {keys.dtype}")
-        masks = []
         for name, part, rows in (("centers", centers, m), ("pool", pool, len(keys))):
             used = part if kernel.name != "pcc" else part[:1]
             if any(x.shape != (rows, length) for x in used):
                 raise ValueError(f"expected {name} ({rows}, {length}), got {[tuple(x.shape) for x in used]}")
-            sizes = torch.stack([x[:, span].norm(dim=1) for x in used for span in kernel.spans])
-            if (sizes > MAX_LENGTH).any():
-                raise ValueError(f"{name}: expected standardised descriptors, got a scale longer than 1")
-            masks.append(~sizes.isnan().any(0))
-        return masks[0], masks[1]
+        return kernel.check_standardised("centers", centers), kernel.check_standardised("pool", pool)
 
     @staticmethod
     def _check_votes(votes: Votes | None, m: int, n: int) -> None:
@@ -160,36 +155,40 @@ class TopK:
         if not votes.gamma > 0 or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError(f"expected shares in 0..1 and gamma > 0, got gamma {votes.gamma} and other shares")
 
-    def _add(self, kernel, rows: Tensor, centers, pool, keys: Tensor, factor: Tensor | None = None) -> None:
-        """Offers images without a NaN to the centers `rows`; scores are multiplied by `factor` (B,) float64."""
-        part = _Part(kernel, rows, centers.rows(rows), pool, keys, factor)
-        start, low = 0, self._low_precision(part)
-        while start < len(keys) and len(rows):
-            cold = bool((self._floor(rows) == -torch.inf).any())
-            size = max(HEAD, 2 * self._keys_MK.shape[1]) if cold else min(SEGMENT, max(HEAD, self._seen + start))
-            segment = part.images(slice(start, start + size))
+    def _add(self, part: "_Part") -> None:
+        """Offers images without a NaN to centers without one."""
+        if not len(part.rows):
+            return
+        start, device = 0, part.rows.device.type
+        roundings = [(p, scan.round_to(part.kernel, p, part.centers)) for p in self._precisions(part)]
+        while start < len(part.keys):
+            cold = bool((self._floor(part.rows) == -torch.inf).any())
+            size = max(HEAD, 2 * self._keys_MK.shape[1])
+            if not cold:
+                size = min(BLOCK[device], max(size, (self._seen + start) // GROWTH))
+            block = part.images(slice(start, start + size))
             if cold:
-                few = max(1, min(BLOCK_CENTERS, BLOCK_NUMBERS // size))
-                for tile in torch.arange(len(rows), device=rows.device).split(few):
-                    self._add_block(segment.centers_of(tile))
+                few = max(1, HEAD_NUMBERS // size)
+                for first in range(0, len(part.rows), few):
+                    self._add_head(block.centers_of(slice(first, first + few)))
             else:
-                self._add_segment(segment, low)
+                self._add_block(block, roundings, self._seen + start)
             start += size
 
-    def _low_precision(self, part: "_Part") -> scan.Rounded | None:
-        """The centers in the precision to scan in, or None for float32."""
+    def _precisions(self, part: "_Part") -> list[scan.Precision]:
+        """In which to scan, the cheapest first."""
         precision = self._precision
         if precision == "auto":
-            worth = len(part.rows) * len(part.keys) >= SMALL and part.factor is None
+            worth = len(part.rows) * len(part.keys) >= SMALL
             precision = scan.fastest(part.kernel, part.keys.device) if worth else "float32"
-        return None if precision == "float32" else scan.round_to(part.kernel, precision, part.centers)
+        return ["float32"] if precision == "float32" else [precision, "float32"]
 
     def _floor(self, rows: Tensor) -> Tensor:
         """What a score must reach to matter to these centers: -inf while K are not found."""
         return torch.maximum(self._scores_MK[rows, -1], self._least_M[rows])
 
-    def _add_block(self, part: "_Part") -> None:
-        """A first block: its own K-th best scores, less their error, are the floors of lists that are not full."""
+    def _add_head(self, part: "_Part") -> None:
+        """First images: their own K-th best scores, less their error, are the floors of lists that are not full."""
         scores_RB, bound = part.kernel.block(part.centers, part.pool), part.kernel.error_bound()
         if part.factor is not None:
             scores_RB *= part.factor32
@@ -197,118 +196,73 @@ class TopK:
         floor_R, k = self._floor(part.rows), self._keys_MK.shape[1]
         if scores_RB.shape[1] >= k:
             floor_R = torch.maximum(floor_R, scores_RB.topk(k, dim=1).values[:, -1] - bound)
-        flat_E = (scores_RB >= (floor_R - bound)[:, None]).flatten().nonzero().squeeze(1)
-        if part.factor is None and len(flat_E) > DENSE * scores_RB.numel():
+        hit_RB = scores_RB >= (floor_R - bound)[:, None]
+        if int(hit_RB.count_nonzero()) > BUDGET["float32"] * scores_RB.numel():
             self._settle_all(part)
         else:
-            self._settle(part, flat_E // len(part.keys), flat_E % len(part.keys))
+            self._settle(part, *hit_RB.nonzero(as_tuple=True))
+
+    def _add_block(self, part: "_Part", roundings: list[tuple[scan.Precision, scan.Rounded]], seen: int) -> None:
+        pool, step = {}, CENTERS[part.rows.device.type]
+        for first in range(0, len(part.rows), step):
+            some = slice(first, first + step)
+            block = part.centers_of(some)
+            for precision, centers in roundings:
+                if precision != "float32" and seen < self._wary:
+                    continue
+                if precision not in pool:
+                    pool[precision] = scan.round_to(part.kernel, precision, part.pool)
+                found = self._scan(block, centers.rows(some), pool[precision])
+                if found is not None:
+                    self._settle(block, *found)
+                    break
+                self._wary = 2 * (seen + len(part.keys))  # floors will hardly be higher before that
+            else:
+                self._settle_all(block)
+
+    def _scan(self, part: "_Part", centers: scan.Rounded, pool: scan.Rounded) -> scan.Pairs | None:
+        """The pairs that a scan leaves to rescore; None where they are too many to be worth it."""
+        pairs = len(part.rows) * len(part.keys)
+        capacity = min(MOST, int(BUDGET[pool.precision] * pairs))
+        found = scan.survivors(part.kernel, centers, pool, self._floor(part.rows), part.factor32, capacity)
+        self.counts["overflows" if found is None else pool.precision] += 1 if found is None else pairs
+        return found
 
     def _settle_all(self, part: "_Part") -> None:
-        """Scores all pairs exactly, and merges them; without a factor."""
+        """Scores all pairs exactly, and merges them."""
+        few = max(1, ENTRIES // max(1, len(part.keys)))
+        for first in range(0, len(part.rows), few):
+            self._settle_dense(part.centers_of(slice(first, first + few)))
+
+    def _settle_dense(self, part: "_Part") -> None:
         self.counts["dense"] += len(part.rows) * len(part.keys)
-        scores_RB = part.kernel.exact_block(part.centers, part.pool)
+        scores_RB = part.kernel.exact_block(part.centers, part.pool, part.factor)
         low_RB = scores_RB < self._least_M[part.rows, None]
         scores = torch.cat([self._scores_MK[part.rows], scores_RB.masked_fill_(low_RB, -torch.inf)], dim=1)
         keys = torch.cat([self._keys_MK[part.rows], part.keys.expand_as(scores_RB).masked_fill(low_RB, -1)], dim=1)
         k = self._keys_MK.shape[1]
         self._scores_MK[part.rows], self._keys_MK[part.rows] = _best(scores, keys, k)
 
-    def _add_segment(self, part: "_Part", low: scan.Rounded | None) -> None:
-        device = part.rows.device
-        tiles = torch.arange(len(part.rows), device=device).split(TILE_CENTERS.get(device.type, 1 << 16))
-        exact, found = scan.round_to(part.kernel, "float32", part.pool), []
-        if low is not None:
-            pool = scan.round_to(part.kernel, low.precision, part.pool, low.steps)
-            outlier = scan.drop_outliers(pool)
-            outliers = part.images(outlier)
-            apart = scan.round_to(part.kernel, "float32", outliers.pool)
-            self._caution = max(0, self._caution - 1)  # what one segment could not afford the next one may
-        for tile in tiles:
-            piece, some = part.centers_of(tile), None
-            if low is not None and self._caution < len(BUDGETS):
-                some = self._scan_low(piece, low.rows(tile), pool)
-                if some is not None and len(outlier):
-                    few = self._scan_float32(outliers.centers_of(tile), apart)
-                    some += [(rows, outlier[cols]) for rows, cols in few]
-            if some is None:
-                some = self._scan_float32(piece, exact)
-            found += [(rows + tile[0], cols) for rows, cols in some]
-        if found:
-            self._settle(part, *(torch.cat(x) for x in zip(*found, strict=True)))
-
-    def _scan_low(self, part: "_Part", centers: scan.Rounded, pool: scan.Rounded) -> list[tuple[Tensor, Tensor]] | None:
-        """The pairs that a scan in low precision leaves to rescore; None where they are too many to be worth it."""
-        floor_R = self._floor(part.rows)
-        while self._caution < len(BUDGETS):
-            budget, found, total = len(part.rows) * len(part.keys) * BUDGETS[self._caution], [], 0
-            for some in scan.survivors(part.kernel, centers, pool, floor_R, part.factor32, tight=self._caution > 0):
-                found.append((some.rows, some.cols))
-                total += len(some.rows)
-                if total > budget:
-                    break
-            else:
-                self.counts[centers.precision] += len(part.rows) * len(part.keys)
-                return found
-            self.counts["overflows"] += 1
-            self._caution += 1
-        return None
-
-    def _scan_float32(self, part: "_Part", pool: scan.Rounded) -> list[tuple[Tensor, Tensor]]:
-        """The pairs that a scan in float32 leaves to rescore, but for blocks where nearly all do: these are settled."""
-        centers, floor_R = scan.round_to(part.kernel, "float32", part.centers), self._floor(part.rows)
-        self.counts["float32"] += len(part.rows) * len(part.keys)
-        found, total = [], 0
-        for some in scan.survivors(part.kernel, centers, pool, floor_R, part.factor32):
-            block = part.images(some.images)
-            if part.factor is None and len(some.rows) > DENSE * len(block.rows) * len(block.keys):  # nearly all tie
-                self._settle_all(block)
-                floor_R.copy_(self._floor(part.rows))
-                continue
-            found.append((some.rows, some.cols))
-            total += len(some.rows)
-            if total >= ENTRIES:
-                self._settle(part, *(torch.cat(x) for x in zip(*found, strict=True)))
-                floor_R.copy_(self._floor(part.rows))
-                found, total = [], 0
-        return found
-
     def _settle(self, part: "_Part", rows: Tensor, cols: Tensor) -> None:
-        """Scores pairs (E,) in float32, then those that may still be among the K best exactly, and offers them."""
-        order = cols.argsort(stable=True)  # of an image all pairs together: it is read from memory once
-        rows, cols = rows[order], cols[order]
+        """Scores pairs (E,) exactly, and offers them."""
         for r, c in zip(rows.split(ENTRIES), cols.split(ENTRIES), strict=True):
             self.counts["rescored"] += len(r)
-            r, c = self._may_be_in(part, r, c)
-            self.counts["exact"] += len(r)
             factor = None if part.factor is None else part.factor[c]
             scores = part.kernel.exact_pairs(part.centers, part.pool, r, c, factor)
-            order = r.argsort(stable=True)
-            self._offer(part.rows[r[order]], scores[order], part.keys[c[order]])
-
-    def _may_be_in(self, part: "_Part", rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
-        """The pairs whose float32 score does not rule them out; `cols` ascend before and after."""
-        scores, bound = part.kernel.pairs32(part.centers, part.pool, rows, cols), part.kernel.error_bound()
-        if part.factor is not None:
-            scores *= part.factor32[cols]
-        high = (scores >= self._floor(part.rows)[rows] - bound).nonzero().squeeze(1)
-        best = high[scores[high].argsort(descending=True)]
-        best = best[rows[best].argsort(stable=True)]
-        kth = _places(rows[best])[2] == self._keys_MK.shape[1] - 1
-        least_R = scores.new_full((len(part.rows),), -torch.inf)
-        least_R[rows[best[kth]]] = scores[best[kth]] - 2 * bound
-        keep = high[scores[high] >= least_R[rows[high]]]
-        return rows[keep], cols[keep]
+            self._offer(part.rows[r], scores, part.keys[c])
 
     def _offer(self, rows: Tensor, scores: Tensor, keys: Tensor) -> None:
-        # Entries (E,) in ascending order of row.
+        # Entries (E,) in any order.
         worst, worst_key = self._scores_MK[rows, -1], self._keys_MK[rows, -1]
         better = (scores > worst) | ((scores == worst) & (keys < worst_key))
         better &= scores >= self._least_M[rows]
-        rows, scores, keys = rows[better], scores[better], keys[better]
+        rows, scores, keys = _ranked(rows[better], scores[better], keys[better])
         if not len(rows):
             return
         hit_R, group, place = _places(rows)
         k = self._scores_MK.shape[1]
+        among = place < k
+        group, place, scores, keys = (x[among] for x in (group, place, scores, keys))
         wide = (len(hit_R), k + int(place.max()) + 1)
         scores_RW = scores.new_full(wide, -torch.inf)
         keys_RW = keys.new_full(wide, -1)
@@ -338,6 +292,14 @@ class _Part:
 
     def centers_of(self, tile: Tensor) -> "_Part":
         return replace(self, rows=self.rows[tile], centers=self.centers.rows(tile))
+
+
+def _ranked(rows: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries (E,) by row, then score descending, then key."""
+    order = keys.argsort()
+    order = order[scores[order].argsort(descending=True, stable=True)]
+    order = order[rows[order].argsort(stable=True)]
+    return rows[order], scores[order], keys[order]
 
 
 def _places(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

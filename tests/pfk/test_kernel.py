@@ -51,14 +51,9 @@ def test_exact_scores_are_the_pairs_to_the_bit(kernel, m, b, seed):
     assert torch.equal(kernel.exact_pairs(centers, pool, rows, cols), exact)
     factor = torch.rand(len(cols), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(kernel.exact_pairs(centers, pool, rows, cols, factor), (pairs * factor).float())
-    assert ((kernel.pairs32(centers, pool, rows, cols) - exact).abs() <= kernel.error_bound()).all()
-
-
-def test_unsorted_pairs_are_refused():
-    """What is fast only in order says so where it gets pairs in another."""
-    kernel, part = Kernel("pfk", (3,)), descriptors(4, (3,), 0)
-    with pytest.raises(ValueError, match="ascending order of cols"):
-        kernel.pairs32(part, part, torch.tensor([0, 1]), torch.tensor([2, 1]))
+    factor_B = torch.rand(b, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    scaled = (pairs.reshape(b, m) * factor_B[:, None]).float().T
+    assert torch.equal(kernel.exact_block(centers, pool, factor_B), scaled)
 
 
 def test_the_error_bound_widens_where_products_are_narrower():

@@ -42,8 +42,8 @@ def test_top_k_is_the_sorted_list_of_exact_scores(kernel, m, n, k, seed):
     assert same(whole(kernel, centers, pool, keys, k), oracle(kernel, centers, pool, keys, k))
 
 
-SMALL_TILES = {"TILE_CENTERS": 3, "TILE_POOL": 4, "BLOCK_POOL": 8, "GROUP": 2}
-SMALL_PARTS = {"TILE_CENTERS": {"cpu": 3}, "BLOCK_CENTERS": 4, "HEAD": 5, "SEGMENT": 11, "ENTRIES": 5, "SMALL": 0}
+SMALL_TILES = {"TILE_CENTERS": 3, "TILE_POOL": 4, "DENSE_CENTERS": 3, "DENSE_POOL": 4}
+SMALL_PARTS = {"BLOCK": {"cpu": 11}, "CENTERS": {"cpu": 5}, "HEAD": 5, "HEAD_NUMBERS": 20, "ENTRIES": 5, "SMALL": 0}
 precisions = st.sampled_from(scan.PRECISIONS)
 
 
@@ -133,25 +133,26 @@ def test_votes_are_the_dense_scores_times_the_confidence(kernel, precision, m, n
     assert same(top.result(), expected)
 
 
-@pytest.mark.parametrize("budgets", [(0.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+@pytest.mark.parametrize("fits", ["int8", "bfloat16", "float32", None])
 @pytest.mark.parametrize("name", ["pcc", "pfk", "pfk-sum"])
-def test_a_margin_that_overflows_falls_back(name, precision, budgets, monkeypatch):
-    """Loose bounds, tight bounds or float32 in the end: the same candidates, and the counts say which it was."""
-    kernel = Kernel(name, (24, 40))
+def test_what_overflows_its_budget_falls_back(name, fits, monkeypatch):
+    """From low precision to float32, from there to all pairs: the same candidates, and the counts say which it was."""
+    kernel, low = Kernel(name, (24, 40)), fits if fits in ("int8", "bfloat16") else "int8"
     torch.manual_seed(2)
     x = standardise(torch.randn(3000, 64) + 2 * torch.randn(5, 64).repeat(600, 1), kernel.lengths)
     x[::100] = standardise(torch.randn(30, 64).exp() ** 3, kernel.lengths)  # int8 moves these far
     pool, centers = Descriptors(x, x.flip(0)), Descriptors(x[:40], x[-40:])
     expected = whole(kernel, centers, pool, torch.arange(3000), 5)
-    monkeypatch.setattr(topk, "BUDGETS", budgets)
+    monkeypatch.setattr(topk, "BUDGET", {p: float(p == fits) for p in scan.PRECISIONS})
+    monkeypatch.setattr(topk, "BLOCK", {"cpu": 1000})
     monkeypatch.setattr(topk, "HEAD", 500)
-    top = TopK(40, 5, precision=precision)
+    top = TopK(40, 5, precision=low)
     top.add(kernel, centers, pool, torch.arange(3000))
     assert same(top.result(), expected)
-    assert (top.counts[precision] == 0) == (budgets == (0.0, 0.0))
-    assert (top.counts["overflows"] > 0) == (budgets[0] == 0.0)
-    assert 0 < top.counts["exact"] <= top.counts["rescored"]
+    assert (top.counts["int8"] + top.counts["bfloat16"] > 0) == (fits in ("int8", "bfloat16"))
+    assert (top.counts["dense"] > 0) == (fits is None or fits != "float32")
+    assert (top.counts["overflows"] == 0) == (fits == low)
+    assert (top.counts["rescored"] > 0) == (fits is not None)
 
 
 def test_large_tiles_of_random_vectors_keep_the_exact_order():
@@ -169,9 +170,9 @@ def test_large_tiles_of_random_vectors_keep_the_exact_order():
     assert same(whole(kernel, centers, pool, torch.arange(6000), 10), (exact.gather(1, keys), keys))
 
 
-@pytest.mark.parametrize("dense", [0.0, 2.0])
+@pytest.mark.parametrize("budget", [0.0, 2.0])
 @pytest.mark.parametrize("name", ["pcc", "pfk", "pfk-sum"])
-def test_masses_of_equal_scores_go_by_key(name, dense, monkeypatch):
+def test_masses_of_equal_scores_go_by_key(name, budget, monkeypatch):
     """Zero vectors and copies: all pairs tie, scored at once or in bounded batches; the smallest keys win."""
     seen, plain = [], Kernel.pairs
 
@@ -181,14 +182,14 @@ def test_masses_of_equal_scores_go_by_key(name, dense, monkeypatch):
 
     monkeypatch.setattr(Kernel, "pairs", spy)
     monkeypatch.setattr(topk, "ENTRIES", 1000)
-    monkeypatch.setattr(topk, "DENSE", dense)
+    monkeypatch.setattr(topk, "BUDGET", dict.fromkeys(scan.PRECISIONS, budget))
     kernel, one = Kernel(name, (4, 7)), descriptors(40, (4, 7), 3)
     for part in (Descriptors(torch.zeros(6000, 11), torch.zeros(6000, 11)), one.rows(torch.arange(6000) % 3)):
         keys = torch.arange(6000).flip(0)
         scores, best = whole(kernel, part.rows(slice(0, 3)), part, keys, 6)
         assert torch.equal(scores, scores[:, :1].expand(3, 6))
         assert torch.equal(best, oracle(kernel, part.rows(slice(0, 3)), part, keys, 6)[1])
-    assert dense < 1 or max(seen) <= 1000
+    assert not budget or max(seen) <= 1000
 
 
 @quick
