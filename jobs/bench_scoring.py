@@ -7,8 +7,9 @@
 figure: pairs per second of `TopK.add`, rounding of the pool included. peer: FAISS `IndexFlatIP` on as many numbers per
 vector (2 x dim: features and Fisher scores side by side; the same arithmetic, an easier kernel), top-K too; with
 --classes, the scan of all pairs, without a factor. floor: the bare matrix products in the precision that was used.
-All three take turns, segment by segment, since a machine's speed wanders; peers live in a process of their own, so that
-the peak memory printed is the scoring's. Without faiss (pip install faiss-cpu) the peer is null.
+All three take turns, segment by segment, since a machine's speed wanders, and each figure is of all its turns together;
+peers live in a process of their own, so that the peak memory printed is the scoring's. Compiling, or loading what was
+compiled, counts. Without faiss (pip install faiss-cpu) the peer is null.
 """
 
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python jobs/… puts jobs/ there, not the repository
@@ -112,16 +114,16 @@ def scored(setting: Setting, pool: int, peers: "Peers | None" = None):
     centers = setting.data.make(setting.centers, 0)
     top = TopK(setting.centers, setting.top, precision=setting.precision)
     seconds, turns = 0.0, []
-    for start in range(0, pool, SEGMENT):
+    for i, start in enumerate(range(0, pool, SEGMENT)):
         images = setting.data.make(min(SEGMENT, pool - start), 2 + start)
         began = time.perf_counter()
         top.add(setting.kernel, centers, images, torch.arange(start, start + len(images.z)))
         seconds += time.perf_counter() - began
-        if peers and (start // SEGMENT % 4 == 3 or start + SEGMENT >= pool):
-            used = max(scan.PRECISIONS, key=lambda p: top.counts[p])
-            turns.append(peers.turn(used))
-    turns = [sum(x) / len(turns) if x[0] else None for x in zip(*turns, strict=True)] if turns else [None, None]
-    return top, top.counts, seconds, turns
+        if peers and i % 2 == 0:
+            turns.append(peers.turn(max(scan.PRECISIONS, key=lambda p: top.counts[p])))
+    pairs = setting.centers * PEER_ROWS * len(turns)
+    peer, bare = (pairs / sum(x) if x and x[0] else None for x in zip(*turns, strict=True)) if turns else (None, None)
+    return top, top.counts, seconds, (peer, bare)
 
 
 class Peers:
@@ -136,7 +138,7 @@ class Peers:
         self.here.send(None)
 
     def turn(self, precision: str) -> tuple[float | None, float]:
-        """Pairs per second of FAISS (None where it is not installed) and of the bare products in `precision`."""
+        """Seconds of FAISS (None where it is not installed) and of the bare products in `precision`, for PEER_ROWS."""
         self.here.send(precision)
         return self.here.recv()
 
@@ -144,21 +146,18 @@ class Peers:
 def _peers(pipe, setting: Setting) -> None:
     torch.set_num_threads(setting.threads)
     centers, images = setting.data.make(setting.centers, 0), setting.data.make(PEER_ROWS, 1)
-    pairs = setting.centers * PEER_ROWS
     search = _faiss(setting, centers, images)
     for precision in iter(pipe.recv, None):
-        faiss = pairs / best(search) if search else None
-        pipe.send((faiss, pairs / best(_products(setting, precision, centers, images))))
+        products = _products(setting, precision, centers, images)
+        pipe.send((timed(search) if search else None, timed(products)))
 
 
-def best(action, times: int = 3) -> float:
-    """Seconds of the fastest of a few goes."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def timed(action) -> float:
+    """Seconds, after a go that brings all into the caches."""
+    action()
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def _faiss(setting: Setting, centers: Descriptors, images: Descriptors):
@@ -198,31 +197,36 @@ def _products(setting: Setting, precision: str, centers: Descriptors, images: De
 
 
 def line(setting: Setting, sizes: list[int], plot: str | None) -> dict:
-    """Seconds against pool size, and how far from a straight line through the origin they are."""
+    """Seconds against pool size, and how far from a straight line they are; it starts with what a process does once."""
     seconds, peaks = [], []
+    scored(setting, SEGMENT)  # what is compiled is kept: not the first size's business
     for n in sizes:
         seconds.append(scored(setting, n)[2])
         peaks.append(peak_mib())
         print(f"{n:>12,} images: {seconds[-1]:8.2f} s, {seconds[-1] / n * 1e6:7.2f} us per image, {peaks[-1]:,.0f} MiB")
-    per_image = sum(s * n for s, n in zip(seconds, sizes, strict=True)) / sum(n * n for n in sizes)
+    per_image, once = np.polyfit(sizes, seconds, 1)
+    off = max(abs(s - once - n * per_image) for s, n in zip(seconds, sizes, strict=True)) / max(seconds)
+    print(f"{once:.2f} s and {per_image * 1e6:.2f} us per image; off the line by {off:.1%} of the largest at most")
     if plot:
-        draw(setting, sizes, seconds, per_image, plot)
-    spread = max(abs(s / n / per_image - 1) for s, n in zip(seconds, sizes, strict=True) if n >= 10 * min(sizes))
+        draw(setting, sizes, seconds, (once, per_image), plot)
     return {
         "name": "scoring-cost", "figure": round(per_image * 1e6, 3), "unit": "us per image", "peer": None,
         "floor": None, "vs_peer": None, "of_floor": None, "sizes": sizes, "seconds": [round(s, 3) for s in seconds],
-        "off_the_line": round(spread, 3), "peak_mib": [round(p) for p in peaks],
+        "once": round(once, 3), "off_the_line": round(off, 4), "peak_mib": [round(p) for p in peaks],
     }  # fmt: skip
 
 
-def draw(setting: Setting, sizes: list[int], seconds: list[float], per_image: float, path: str) -> None:
+def draw(setting: Setting, sizes: list[int], seconds: list[float], fit: tuple[float, float], path: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.loglog(sizes, seconds, "o", label="measured")
-    axes.loglog(sizes, [n * per_image for n in sizes], "-", label=f"{per_image * 1e6:.1f} µs per image")
+    figure, (once, per_image) = Figure(figsize=(6, 4), layout="constrained"), fit
+    axes, ends = figure.subplots(), [0, max(sizes)]
+    axes.plot(sizes, seconds, "o", label="measured")
+    axes.plot(
+        ends, [once + n * per_image for n in ends], "-", label=f"{once:.1f} s + {per_image * 1e6:.1f} µs per image"
+    )
     axes.set(xlabel="pool images N", ylabel="seconds", title=f"exact top-{setting.top} of {setting.centers:,} centers")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from raypfk.pfk.kernel import Descriptors, Kernel
+from raypfk.pfk.kernel import Descriptors, Kernel, check_standardised
 
 FRONT_NUMBERS = 2 << 20  # of the features and Fisher scores in front: every choice reads them, so they lie in cache
 FRONT_LEAST = 512
@@ -41,7 +41,7 @@ def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> T
     sound_M = _all_finite(misses.z) & _all_finite(misses.g)
     sound, broken = _where(sound_M), _where(~sound_M)
     misses = (misses.rows(sound) if len(broken) else misses).to(torch.float32)
-    kernel.check_standardised("misses", misses)
+    check_standardised("misses", kernel.vector_lengths(misses))
     alone = drawn[~sound_M[drawn]]  # similar to nobody
     count = min(p - len(alone), len(sound))
     first = int(_where(sound == drawn)) if not len(alone) else None

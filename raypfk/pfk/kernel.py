@@ -102,13 +102,9 @@ class Kernel:
         """The `vectors` as views (N, L_j)."""
         return tuple(x[:, span] for x, span in self.vectors(part))
 
-    def check_standardised(self, name: str, part: Descriptors) -> Tensor:
-        """Mask (N,) of the images without a NaN; ValueError for a scale longer than 1, or infinite."""
-        used = part if self.name != "pcc" else part[:1]
-        lengths_TN = torch.cat([_lengths(x, self.spans) for x in used])
-        if (lengths_TN > MAX_LENGTH).any():
-            raise ValueError(f"{name}: expected standardised descriptors, got a scale longer than 1")
-        return ~lengths_TN.isnan().any(0)
+    def vector_lengths(self, part: Descriptors) -> Tensor:
+        """(T, N) float32 the length of each of the T `vectors`; NaN where it holds one."""
+        return torch.stack([_lengths(x, span) for x, span in self.vectors(part)])
 
     def block(self, centers: Descriptors, pool: Descriptors) -> Tensor:
         """Scores (M, B) of all pairs in the dtype of the descriptors; in float32 within `error_bound` of the exact."""
@@ -228,24 +224,27 @@ def _products_may_round_inputs() -> bool:
     return any(setting not in ("none", "ieee") for setting in settings)
 
 
-def _starts(spans: list[slice]):
-    return np.array([*(span.start for span in spans), spans[-1].stop])
+def check_standardised(name: str, lengths_TN: Tensor) -> Tensor:
+    """Mask (N,) of those without a NaN; ValueError where one of their lengths is more than 1, or infinite."""
+    if (lengths_TN > MAX_LENGTH).any():
+        raise ValueError(f"{name}: expected standardised descriptors, got a scale longer than 1")
+    return ~lengths_TN.isnan().any(0)
 
 
-def _lengths(x_NL: Tensor, spans: list[slice]) -> Tensor:
-    """(S, N) the length of each scale."""
+def _lengths(x_NL: Tensor, span: slice) -> Tensor:
     if x_NL.device.type != "cpu":
-        return torch.stack([x_NL[:, span].norm(dim=1) for span in spans])
-    lengths_SN = x_NL.new_empty(len(spans), len(x_NL))
-    loops.lengths(x_NL.contiguous().numpy(), _starts(spans), lengths_SN.numpy())
-    return lengths_SN
+        return x_NL[:, span].norm(dim=1)
+    lengths_N = x_NL.new_empty(len(x_NL))
+    loops.lengths(x_NL.contiguous().numpy(), span.start, span.stop, lengths_N.numpy())
+    return lengths_N
 
 
 def _sampled_on_cpu(a_ML: Tensor, b_BL: Tensor, spans: list[slice], rows: Tensor, cols: Tensor) -> Tensor:
     """(S, Q) float64: the products of each scale of a[rows[q]] and b[cols[q]]."""
     out_SQ = a_ML.new_empty(len(spans), len(rows), dtype=torch.float64)
     a, b = a_ML.contiguous().numpy(), b_BL.contiguous().numpy()
-    loops.pair_products(a, b, _starts(spans), rows.numpy(), cols.numpy(), out_SQ.numpy())
+    starts = np.array([*(span.start for span in spans), spans[-1].stop])
+    loops.pair_products(a, b, starts, rows.numpy(), cols.numpy(), out_SQ.numpy())
     return out_SQ
 
 

@@ -28,11 +28,10 @@ def _compiled(function):
 
 
 @_compiled
-def lengths(x_NL, starts, out_SN):
-    """Length of each scale of each vector: `x[:, start:stop].norm(dim=1)`. starts: of the scales, and L."""
+def lengths(x_NL, start, stop, lengths_N):
+    """Length of one scale of each vector: `x[:, start:stop].norm(dim=1)`."""
     for n in range(len(x_NL)):
-        for j in range(len(out_SN)):
-            out_SN[j, n] = np.sqrt(_square(x_NL[n, starts[j] : starts[j + 1]]))
+        lengths_N[n] = np.sqrt(_square(x_NL[n, start:stop]))
 
 
 @_compiled
@@ -44,16 +43,15 @@ def _square(x_l):
 
 
 @_compiled
-def round_to_int8(x_NL, start, codes_Nl, steps_N, errors_N):
-    """Codes, step and error bound of one scale of each vector, as `scan._round_rows`."""
-    bits_NL, length = x_NL.view(np.int32), codes_Nl.shape[1]
-    largest = np.empty(1, np.int32)
+def round_to_int8(x_NL, start, codes_Nl, steps_N, errors_N, lengths_N):
+    """Codes, step, error bound and length of one scale of each vector, as `scan._round_rows`."""
+    bits_NL, stop, largest = x_NL.view(np.int32), start + codes_Nl.shape[1], np.empty(1, np.int32)
     for n in range(len(codes_Nl)):
-        largest[0] = _largest(bits_NL[n, start : start + length])
+        x_l = x_NL[n, start:stop]
+        lengths_N[n], largest[0] = np.sqrt(_square(x_l)), _largest(bits_NL[n, start:stop])
         step = largest.view(np.float32)[0] / LARGEST
         step = step if step > 0 else ONE
-        square = _round_row(x_NL[n, start : start + length], codes_Nl[n], step)
-        steps_N[n], errors_N[n] = step, SLACK * np.sqrt(square) + LEAST
+        steps_N[n], errors_N[n] = step, SLACK * np.sqrt(_round_row(x_l, codes_Nl[n], step)) + LEAST
 
 
 @_compiled
@@ -111,8 +109,8 @@ def survivors(products_Tbm, images, paired, bounds, row, col, pairs_2C, found):
 def survivors_by_one(products_Tbm, images, given, codes_M, codes_B, bounds, row, col, pairs_2C, found, most):
     """As `survivors` for `pfk`, where of each scale only one product, z or g (`given` 0 or 1), is in products_Tbm.
 
-    The other correlation is at most 1; for the pairs that could be in by that, it is computed here, from codes (N, l),
-    and put into products_Tbm. Returns `TOO_MANY` where these are more than `most`.
+    The other correlation is at most 1; for the pairs that could be in by that, it is computed here, from codes (N, l).
+    Returns `TOO_MANY` where these are more than `most`.
     """
     weights_S, factor_B, limit_m = bounds[0], bounds[5], bounds[6][row : row + products_Tbm.shape[2]]
     high_m = np.empty_like(limit_m)
@@ -126,10 +124,13 @@ def survivors_by_one(products_Tbm, images, given, codes_M, codes_B, bounds, row,
             most -= 1
             if most < 0:
                 return TOO_MANY
+            high = np.float32(0)
             for j in range(len(weights_S)):
-                t = 2 * j + 1 - given
-                products_Tbm[t, b, i] = _code_product(codes_M[t][row + i], codes_B[t][n])
-            if _product_bound(products_Tbm, bounds, row, b, n, i) * factor_B[n] >= limit_m[i]:
+                t, other = 2 * j + given, 2 * j + 1 - given
+                r = _correlation(products_Tbm[t, b, i], bounds, t, row + i, n)
+                s = _correlation(_code_product(codes_M[other][row + i], codes_B[other][n]), bounds, other, row + i, n)
+                high += weights_S[j] * _largest_product(r, s)
+            if high * factor_B[n] >= limit_m[i]:
                 if found == pairs_2C.shape[1]:
                     return FULL
                 pairs_2C[0, found], pairs_2C[1, found] = row + i, n
@@ -188,16 +189,25 @@ def _next(high_m, factor, limit_m, i):
 
 @_compiled
 def _product_bound(products_Tbm, bounds, row, b, n, i):
-    # Of one pair the sum of weight (r s + |s| a + |r| e + a e).
-    weights_S, steps_TM, errors_TM, pool_steps_TB, pool_errors_TB = bounds[:5]
-    m, high = row + i, np.float32(0)
+    weights_S, high = bounds[0], np.float32(0)
     for j in range(len(weights_S)):
-        z, g = 2 * j, 2 * j + 1
-        r = np.float32(products_Tbm[z, b, i]) * steps_TM[z, m] * pool_steps_TB[z, n]
-        s = np.float32(products_Tbm[g, b, i]) * steps_TM[g, m] * pool_steps_TB[g, n]
-        a, e = errors_TM[z, m] + pool_errors_TB[z, n], errors_TM[g, m] + pool_errors_TB[g, n]
-        high += weights_S[j] * (r * s + abs(s) * a + (abs(r) + a) * e)
+        r = _correlation(products_Tbm[2 * j, b, i], bounds, 2 * j, row + i, n)
+        s = _correlation(products_Tbm[2 * j + 1, b, i], bounds, 2 * j + 1, row + i, n)
+        high += weights_S[j] * _largest_product(r, s)
     return high
+
+
+@_compiled
+def _correlation(product, bounds, t, m, n):
+    # Of one pair, and how far it may be off.
+    _, steps_TM, errors_TM, pool_steps_TB, pool_errors_TB = bounds[:5]
+    return np.float32(product) * steps_TM[t, m] * pool_steps_TB[t, n], errors_TM[t, m] + pool_errors_TB[t, n]
+
+
+@_compiled
+def _largest_product(first, second):
+    (r, a), (s, e) = first, second
+    return r * s + abs(s) * a + (abs(r) + a) * e
 
 
 @_compiled

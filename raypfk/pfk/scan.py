@@ -41,32 +41,34 @@ class Rounded:
     """Descriptors as a scan reads them, one matrix (N, l) for each of the T.
 
     steps_TN: float32, what 1 in a row of a matrix stands for. errors_TN: float32, an upper bound on the distance
-    between a vector and what was kept of it. whole: the descriptors that the matrices are slices of, if they are.
+    between a vector and what was kept of it. lengths_TN: float32, of the vectors, NaN where one holds a NaN. whole: the
+    descriptors that the matrices are slices of, if they are.
     """
 
     precision: Precision
     matrices: tuple[Tensor, ...]
     steps_TN: Tensor
     errors_TN: Tensor
+    lengths_TN: Tensor
     whole: Descriptors | None = None
 
     def rows(self, index: slice | Tensor) -> "Rounded":
         matrices = tuple(x[index] for x in self.matrices)
-        whole = self.whole and self.whole.rows(index)
-        return Rounded(self.precision, matrices, self.steps_TN[:, index], self.errors_TN[:, index], whole)
+        facts = (x[:, index] for x in (self.steps_TN, self.errors_TN, self.lengths_TN))
+        return Rounded(self.precision, matrices, *facts, self.whole and self.whole.rows(index))
 
 
 def round_to(kernel: Kernel, precision: Precision, part: Descriptors) -> Rounded:
-    """Finite standardised float32 descriptors (N, L) in `precision`; int8 is symmetric, with one step per vector."""
+    """Standardised float32 descriptors (N, L) in `precision`; int8 is symmetric, with one step per vector."""
     if precision == "int8":
         return _round_to_int8(kernel, part)
     whole = part.to(torch.bfloat16) if precision == "bfloat16" else part
-    matrices = kernel.matrices(whole)
-    errors_TN = part.z.new_zeros(len(matrices), len(part.z))
+    matrices, lengths_TN = kernel.matrices(whole), kernel.vector_lengths(part)
+    errors_TN = torch.zeros_like(lengths_TN)
     if precision == "bfloat16":
         for error, x, y in zip(errors_TN, kernel.matrices(part), matrices, strict=True):
             error.copy_(_upper((x - y).norm(dim=1)))
-    return Rounded(precision, matrices, torch.ones_like(errors_TN), errors_TN, whole)
+    return Rounded(precision, matrices, torch.ones_like(errors_TN), errors_TN, lengths_TN, whole)
 
 
 def _upper(length_N: Tensor) -> Tensor:
@@ -76,21 +78,22 @@ def _upper(length_N: Tensor) -> Tensor:
 def _round_to_int8(kernel: Kernel, part: Descriptors) -> Rounded:
     vectors = kernel.vectors(part)
     matrices = tuple(x[:, span].new_empty(x[:, span].shape, dtype=torch.int8) for x, span in vectors)
-    steps_TN, errors_TN = part.z.new_empty(2, len(vectors), len(part.z))
-    for (x_NL, span), codes_Nl, step_N, error_N in zip(vectors, matrices, steps_TN, errors_TN, strict=True):
+    facts_3TN = part.z.new_empty(3, len(vectors), len(part.z))
+    for i, (x_NL, span) in enumerate(vectors):
         if x_NL.device.type == "cpu":
-            arrays = (x.numpy() for x in (codes_Nl, step_N, error_N))
+            arrays = (x.numpy() for x in (matrices[i], *facts_3TN[:, i]))
             loops.round_to_int8(x_NL.contiguous().numpy(), span.start, *arrays)
         else:
-            _round_rows(x_NL[:, span], codes_Nl, step_N, error_N)
-    return Rounded("int8", matrices, steps_TN, errors_TN)
+            _round_rows(x_NL[:, span], matrices[i], *facts_3TN[:, i])
+    return Rounded("int8", matrices, *facts_3TN)
 
 
-def _round_rows(x_Nl: Tensor, codes_Nl: Tensor, step_N: Tensor, error_N: Tensor) -> None:
+def _round_rows(x_Nl: Tensor, codes_Nl: Tensor, step_N: Tensor, error_N: Tensor, length_N: Tensor) -> None:
     torch.div(x_Nl.abs().amax(1), 127, out=step_N)
     step_N[step_N == 0] = 1.0
     codes_Nl.copy_((x_Nl / step_N[:, None]).round_().clamp_(-127, 127))
     error_N.copy_(_upper((x_Nl - codes_Nl * step_N[:, None]).norm(dim=1)))
+    length_N.copy_(x_Nl.norm(dim=1))
 
 
 class Bounds(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raypfk.pfk import scan
-from raypfk.pfk.kernel import Descriptors, Kernel
+from raypfk.pfk.kernel import Descriptors, Kernel, check_standardised
 
 BLOCK = {"cpu": 1 << 14, "cuda": 1 << 16}  # images scanned against the same floors, at most
 GROWTH = 8  # and at most one of so many seen before: floors rise fast at first
@@ -106,35 +106,38 @@ class TopK:
         Raises ValueError for shapes that do not fit, and for descriptors that are not standardised (or infinite).
         """
         centers, pool = (part.to(torch.float32) for part in (centers, pool))
-        fine_M, fine_B = self._check(kernel, centers, pool, keys)
-        self._check_votes(votes, len(fine_M), len(keys))
-        rows = fine_M.nonzero().squeeze(1)
-        if not fine_B.all():
-            pool, keys = pool.rows(fine_B), keys[fine_B]
-            votes = votes and votes._replace(classes=votes.classes[fine_B], shares=votes.shares[fine_B])
+        self._check(kernel, centers, pool, keys)
+        self._check_votes(votes, len(self._scores_MK), len(keys))
+        low = self._low_precision(kernel, len(keys), keys.device)
+        low_centers, low_pool = (scan.round_to(kernel, low, part) for part in (centers, pool))
+        fine_M = check_standardised("centers", low_centers.lengths_TN)
+        fine_B = check_standardised("pool", low_pool.lengths_TN)
+        part = _Part(kernel, torch.arange(len(fine_M), device=keys.device), centers, low_centers, pool, low_pool, keys)
+        part = part if fine_M.all() else part.centers_of(fine_M)
+        part = part if fine_B.all() else part.images(fine_B)
         if votes is None:
-            self._add(_Part(kernel, rows, centers.rows(rows), pool, keys, None))
+            self._add(part)
         else:
-            for label in votes.labels[rows].unique().tolist():
-                self._add_class(kernel, rows[votes.labels[rows] == label], centers, pool, keys, votes, label)
+            votes = votes._replace(classes=votes.classes[fine_B], shares=votes.shares[fine_B])
+            of_center = votes.labels[part.rows]
+            for label in of_center.unique().tolist():
+                self._add_class(part.centers_of(of_center == label), votes, label)
         self._seen += len(keys)
 
-    def _add_class(self, kernel, rows: Tensor, centers, pool, keys: Tensor, votes: Votes, label: int) -> None:
+    def _add_class(self, part: "_Part", votes: Votes, label: int) -> None:
         """The images with a vote for a class, to the centers of that class; the others all score 0 there."""
         image, slot = ((votes.classes == label) & (votes.shares > 0)).nonzero(as_tuple=True)
-        factor = votes.shares[image, slot].double() ** votes.gamma
-        self._add(_Part(kernel, rows, centers.rows(rows), pool.rows(image), keys[image], factor))
-        worst = self._floor(rows)
+        self._add(replace(part.images(image), factor=votes.shares[image, slot].double() ** votes.gamma))
+        worst = self._floor(part.rows)
         if (worst <= 0).any():  # a list that is not full of better ones has room for zeros, smallest keys first
-            silent = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+            silent = torch.ones_like(part.keys, dtype=torch.bool)
             silent[image] = False
-            some = keys[silent].sort().values[: self._keys_MK.shape[1]]
-            open_R = rows[worst <= 0]
-            zeros = torch.zeros(len(open_R) * len(some), device=keys.device)
+            some = part.keys[silent].sort().values[: self._keys_MK.shape[1]]
+            open_R = part.rows[worst <= 0]
+            zeros = torch.zeros(len(open_R) * len(some), device=some.device)
             self._offer(open_R.repeat_interleave(len(some)), zeros, some.repeat(len(open_R)))
 
-    def _check(self, kernel: Kernel, centers: Descriptors, pool: Descriptors, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks (M,) and (B,) of the vectors without a NaN."""
+    def _check(self, kernel: Kernel, centers: Descriptors, pool: Descriptors, keys: Tensor) -> None:
         length, m = sum(kernel.lengths), len(self._scores_MK)
         if keys.dtype != torch.int64 or keys.ndim != 1 or (len(keys) and int(keys.min()) < 0):
             raise ValueError(f"expected keys (B,) int64 >= 0, got {tuple(keys.shape)} {keys.dtype}")
@@ -142,7 +145,6 @@ class TopK:
             used = part if kernel.name != "pcc" else part[:1]
             if any(x.shape != (rows, length) for x in used):
                 raise ValueError(f"expected {name} ({rows}, {length}), got {[tuple(x.shape) for x in used]}")
-        return kernel.check_standardised("centers", centers), kernel.check_standardised("pool", pool)
 
     @staticmethod
     def _check_votes(votes: Votes | None, m: int, n: int) -> None:
@@ -155,33 +157,28 @@ class TopK:
         if not votes.gamma > 0 or not ((shares >= 0) & (shares <= 1)).all():
             raise ValueError(f"expected shares in 0..1 and gamma > 0, got gamma {votes.gamma} and other shares")
 
+    def _low_precision(self, kernel: Kernel, num_images: int, device: torch.device) -> scan.Precision:
+        if self._precision != "auto":
+            return self._precision
+        worth = len(self._scores_MK) * num_images >= SMALL
+        return scan.fastest(kernel, device) if worth else "float32"
+
     def _add(self, part: "_Part") -> None:
         """Offers images without a NaN to centers without one."""
-        if not len(part.rows):
-            return
-        start, device = 0, part.rows.device.type
-        roundings = [(p, scan.round_to(part.kernel, p, part.centers)) for p in self._precisions(part)]
-        while start < len(part.keys):
+        start, end = 0, len(part.keys) if len(part.rows) else 0
+        while start < end:
             cold = bool((self._floor(part.rows) == -torch.inf).any())
             size = max(HEAD, 2 * self._keys_MK.shape[1])
             if not cold:
-                size = min(BLOCK[device], max(size, (self._seen + start) // GROWTH))
+                size = min(BLOCK[part.keys.device.type], max(size, (self._seen + start) // GROWTH))
             block = part.images(slice(start, start + size))
             if cold:
                 few = max(1, HEAD_NUMBERS // size)
                 for first in range(0, len(part.rows), few):
                     self._add_head(block.centers_of(slice(first, first + few)))
             else:
-                self._add_block(block, roundings, self._seen + start)
+                self._add_block(block, self._seen + start)
             start += size
-
-    def _precisions(self, part: "_Part") -> list[scan.Precision]:
-        """In which to scan, the cheapest first."""
-        precision = self._precision
-        if precision == "auto":
-            worth = len(part.rows) * len(part.keys) >= SMALL
-            precision = scan.fastest(part.kernel, part.keys.device) if worth else "float32"
-        return ["float32"] if precision == "float32" else [precision, "float32"]
 
     def _floor(self, rows: Tensor) -> Tensor:
         """What a score must reach to matter to these centers: -inf while K are not found."""
@@ -202,30 +199,28 @@ class TopK:
         else:
             self._settle(part, *hit_RB.nonzero(as_tuple=True))
 
-    def _add_block(self, part: "_Part", roundings: list[tuple[scan.Precision, scan.Rounded]], seen: int) -> None:
-        pool, step = {}, CENTERS[part.rows.device.type]
+    def _add_block(self, part: "_Part", seen: int) -> None:
+        step = CENTERS[part.rows.device.type]
         for first in range(0, len(part.rows), step):
-            some = slice(first, first + step)
-            block = part.centers_of(some)
-            for precision, centers in roundings:
-                if precision != "float32" and seen < self._wary:
-                    continue
-                if precision not in pool:
-                    pool[precision] = scan.round_to(part.kernel, precision, part.pool)
-                found = self._scan(block, centers.rows(some), pool[precision])
-                if found is not None:
-                    self._settle(block, *found)
-                    break
-                self._wary = 2 * (seen + len(part.keys))  # floors will hardly be higher before that
+            some = part.centers_of(slice(first, first + step))
+            wary = seen < self._wary and some.low_pool.precision != "float32"
+            found = None if wary else self._scan(some)
+            if found is None and some.low_pool.precision != "float32":
+                if not wary:
+                    self._wary = 2 * (seen + len(part.keys))  # floors will hardly be higher before that
+                found = self._scan(some.in_float32())
+            if found is None:
+                self._settle_all(some)
             else:
-                self._settle_all(block)
+                self._settle(some, *found)
 
-    def _scan(self, part: "_Part", centers: scan.Rounded, pool: scan.Rounded) -> scan.Pairs | None:
+    def _scan(self, part: "_Part") -> scan.Pairs | None:
         """The pairs that a scan leaves to rescore; None where they are too many to be worth it."""
-        pairs = len(part.rows) * len(part.keys)
-        capacity = min(MOST, int(BUDGET[pool.precision] * pairs))
-        found = scan.survivors(part.kernel, centers, pool, self._floor(part.rows), part.factor32, capacity)
-        self.counts["overflows" if found is None else pool.precision] += 1 if found is None else pairs
+        pairs, precision = len(part.rows) * len(part.keys), part.low_pool.precision
+        capacity = min(MOST, int(BUDGET[precision] * pairs))
+        lows, floor_R = (part.low_centers, part.low_pool), self._floor(part.rows)
+        found = scan.survivors(part.kernel, *lows, floor_R, part.factor32, capacity)
+        self.counts["overflows" if found is None else precision] += 1 if found is None else pairs
         return found
 
     def _settle_all(self, part: "_Part") -> None:
@@ -237,7 +232,7 @@ class TopK:
     def _settle_dense(self, part: "_Part") -> None:
         self.counts["dense"] += len(part.rows) * len(part.keys)
         scores_RB = part.kernel.exact_block(part.centers, part.pool, part.factor)
-        low_RB = scores_RB < self._least_M[part.rows, None]
+        low_RB = ~(scores_RB >= self._least_M[part.rows, None])  # of a NaN, too
         scores = torch.cat([self._scores_MK[part.rows], scores_RB.masked_fill_(low_RB, -torch.inf)], dim=1)
         keys = torch.cat([self._keys_MK[part.rows], part.keys.expand_as(scores_RB).masked_fill(low_RB, -1)], dim=1)
         k = self._keys_MK.shape[1]
@@ -273,14 +268,16 @@ class TopK:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some centers and some images: `rows` are the centers' rows in the state."""
+    """Some centers and some images, as they are and as they are scanned: `rows` are the centers' rows in the state."""
 
     kernel: Kernel
     rows: Tensor
     centers: Descriptors
+    low_centers: scan.Rounded
     pool: Descriptors
+    low_pool: scan.Rounded
     keys: Tensor
-    factor: Tensor | None
+    factor: Tensor | None = None
 
     @property
     def factor32(self) -> Tensor | None:
@@ -288,10 +285,16 @@ class _Part:
 
     def images(self, index: slice | Tensor) -> "_Part":
         factor = None if self.factor is None else self.factor[index]
-        return replace(self, pool=self.pool.rows(index), keys=self.keys[index], factor=factor)
+        pool, low = self.pool.rows(index), self.low_pool.rows(index)
+        return replace(self, pool=pool, low_pool=low, keys=self.keys[index], factor=factor)
 
-    def centers_of(self, tile: Tensor) -> "_Part":
-        return replace(self, rows=self.rows[tile], centers=self.centers.rows(tile))
+    def centers_of(self, index: slice | Tensor) -> "_Part":
+        centers, low = self.centers.rows(index), self.low_centers.rows(index)
+        return replace(self, rows=self.rows[index], centers=centers, low_centers=low)
+
+    def in_float32(self) -> "_Part":
+        centers, pool = (scan.round_to(self.kernel, "float32", part) for part in (self.centers, self.pool))
+        return replace(self, low_centers=centers, low_pool=pool)
 
 
 def _ranked(rows: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,8 +86,9 @@ def test_int8_codes_are_as_near_as_they_say(lengths, n, seed):
     kernel, part = Kernel("pfk", lengths, "equal"), descriptors(n, lengths, seed)
     got = scan.round_to(kernel, "int8", part)
     for i, x in enumerate(kernel.matrices(part)):
-        codes, step, error = torch.empty_like(x, dtype=torch.int8), *torch.empty(2, n)
-        scan._round_rows(x, codes, step, error)
+        codes, (step, error, length) = torch.empty_like(x, dtype=torch.int8), torch.empty(3, n)
+        scan._round_rows(x, codes, step, error, length)
+        torch.testing.assert_close(got.lengths_TN[i], length)
         torch.testing.assert_close(got.steps_TN[i], step, rtol=1e-6, atol=0)
         for c, s, e in ((codes, step, error), (got.matrices[i], got.steps_TN[i], got.errors_TN[i])):
             assert not n or c.abs().max() <= 127
@@ -96,11 +97,13 @@ def test_int8_codes_are_as_near_as_they_say(lengths, n, seed):
 
 
 def test_lengths_see_what_is_not_a_number():
-    """As torch's norm, NaN and infinity included."""
-    x, spans = vectors(50, (3, 40, 1), 0), Kernel("pcc", (3, 40, 1)).spans
-    x[3, 1], x[4, 20], x[5, 43] = torch.nan, torch.inf, -torch.nan
-    expected = torch.stack([x[:, span].norm(dim=1) for span in spans])
-    torch.testing.assert_close(kernel._lengths(x, spans), expected, equal_nan=True)
+    """As torch's norm, NaN and infinity included, in every precision."""
+    kernel, part = Kernel("pfk", (3, 40, 1), "equal"), descriptors(50, (3, 40, 1), 0)
+    part.z[3, 1], part.z[4, 20], part.g[5, 43] = torch.nan, torch.inf, -torch.nan
+    expected = torch.stack([x.norm(dim=1) for x in kernel.matrices(part)])
+    assert expected.isnan().sum() == 2 and expected.isinf().sum() == 1
+    for precision in scan.PRECISIONS:
+        torch.testing.assert_close(scan.round_to(kernel, precision, part).lengths_TN, expected, equal_nan=True)
 
 
 @quick
