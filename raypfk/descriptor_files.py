@@ -17,9 +17,9 @@ from torch import Tensor
 
 from raypfk import pfk, schema, store
 from raypfk.errors import UserError
-from raypfk.pfk import Descriptors
+from raypfk.pfk import Descriptors, Kernel
 from raypfk.pfk.compress import DTYPES
-from raypfk.pfk.kernel import MAX_LENGTH
+from raypfk.pfk.kernel import MAX_LENGTH, scale_lengths
 from raypfk.run import Run, stamp
 from raypfk.stages.pool import Shard
 
@@ -263,8 +263,8 @@ def _check_range(path: str, ids: pa.ChunkedArray, shard: Shard) -> None:
 
 def _check_numbers(path: str, name: str, ids: pa.ChunkedArray, x_NL: Tensor, lengths: Sequence[int]) -> None:
     """Unit length or less in each scale; one pass, as NaN and infinity are not."""
-    norms = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in x_NL.split(list(lengths), dim=1)])
-    bad = np.flatnonzero(~(norms <= MAX_LENGTH).all(0).numpy())
+    sizes_SN = scale_lengths(x_NL, Kernel("pcc", tuple(lengths)).spans)
+    bad = np.flatnonzero(~(sizes_SN <= MAX_LENGTH).all(0).numpy())
     if len(bad):
         row = int(bad[0])
         what = "a scale longer than 1" if x_NL[row].isfinite().all() else "NaN or infinity"

@@ -1,8 +1,9 @@
-"""Handing chunks to scoring actors, and merging what they give."""
+"""Handing shards to scoring actors, and merging what they give."""
 
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -41,8 +42,14 @@ class Fake:
         (number, _), *_ = shards
         if number in self.deadly or self.calls < 0:
             os._exit(1)
-        scores, keys = part(number)
+        scores, keys = (x[rows] for x in part(number))
         return (scores, keys), {"shards": 1, "images": K, "floor": scores[:, -1].copy(), "number": number}
+
+    def merge(self, *parts):
+        self.calls -= 1
+        if self.calls < 0:
+            os._exit(1)
+        return score.Scorer.merge(None, *parts)
 
 
 def whole() -> TopK:
@@ -52,27 +59,30 @@ def whole() -> TopK:
     return top
 
 
-def run(actors) -> tuple[list[int], score._Tree]:
-    tree = score._Tree(M)
+def run(actors) -> tuple[Counter[int], score.Tree]:
+    tree, images = score.Tree(M), Counter()
     try:
-        return [f["number"] for f in score._through(actors, EVERY, (K, slice(None)), tree)], tree
+        for facts in score.through(actors, [shard for (shard,) in EVERY], [score._FIRST] * 30, K, range(M), tree):
+            images[facts["number"]] += facts["images"]
+        return images, tree
     finally:
         for actor in actors:
             ray.kill(actor)
 
 
 def check(actors):
-    numbers, tree = run(actors)
+    images, tree = run(actors)
     scores, keys = whole().result()
-    assert sorted(numbers) == list(range(30))
+    assert images == dict.fromkeys(range(30), K)
     got = tree.whole()
     assert np.array_equal(got[0], scores.numpy()) and np.array_equal(got[1], keys.numpy())
     assert (tree.floor <= scores[:, -1].numpy()).all() and (tree.floor > -np.inf).all()
 
 
 def test_the_tree_merges_every_part_once():
-    """Thirty parts through two actors and a tree of merges: the top-K of all; floors never above its K-th best."""
+    """Thirty parts through actors and a tree of merges: the top-K of all; floors never above its K-th best."""
     check([Fake.remote() for _ in range(2)])
+    check([Fake.remote() for _ in range(M + 2)])
 
 
 def test_a_lost_actors_chunk_goes_to_another():

@@ -104,7 +104,7 @@ class Kernel:
 
     def vector_lengths(self, part: Descriptors) -> Tensor:
         """(T, N) float32 the length of each of the T `vectors`; NaN where it holds one."""
-        return torch.stack([_lengths(x, span) for x, span in self.vectors(part)])
+        return torch.cat([scale_lengths(x, [span]) for x, span in self.vectors(part)])
 
     def block(self, centers: Descriptors, pool: Descriptors) -> Tensor:
         """Scores (M, B) of all pairs in the dtype of the descriptors; in float32 within `error_bound` of the exact."""
@@ -231,12 +231,14 @@ def check_standardised(name: str, lengths_TN: Tensor) -> Tensor:
     return ~lengths_TN.isnan().any(0)
 
 
-def _lengths(x_NL: Tensor, span: slice) -> Tensor:
+def scale_lengths(x_NL: Tensor, spans: list[slice]) -> Tensor:
+    """(S, N) float32 the length of each scale of each vector; NaN where it holds one."""
     if x_NL.device.type != "cpu":
-        return x_NL[:, span].norm(dim=1)
-    lengths_N = x_NL.new_empty(len(x_NL))
-    loops.lengths(x_NL.contiguous().numpy(), span.start, span.stop, lengths_N.numpy())
-    return lengths_N
+        return torch.stack([x_NL[:, span].norm(dim=1) for span in spans])
+    lengths_SN = x_NL.new_empty(len(spans), len(x_NL))
+    for span, lengths_N in zip(spans, lengths_SN, strict=True):
+        loops.lengths(x_NL.contiguous().numpy(), span.start, span.stop, lengths_N.numpy())
+    return lengths_SN
 
 
 def _sampled_on_cpu(a_ML: Tensor, b_BL: Tensor, spans: list[slice], rows: Tensor, cols: Tensor) -> Tensor:

@@ -68,6 +68,8 @@ class TopK:
         self._keys_MK = torch.full((num_centers, k), -1, dtype=torch.int64, device=device)
         self._least_M = self._scores_MK[:, 0].clone() if floor_M is None else floor_M.to(self._scores_MK)
         self._precision, self._seen, self._wary = precision, 0, 0
+        if floor_M is not None and (floor_M > -torch.inf).all():
+            self._seen = GROWTH * max(BLOCK.values())  # whoever sent floors has seen many
         self.counts: Counter[str] = Counter()
 
     @classmethod
@@ -84,6 +86,10 @@ class TopK:
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores (M, K) float32, padded with -inf, and keys (M, K) int64, padded with -1, best first."""
         return self._scores_MK.clone(), self._keys_MK.clone()
+
+    def floor(self) -> Tensor:
+        """(M,) float32: what a score must reach to be among the K best so far, -inf where there are fewer."""
+        return self._floor(slice(None)).clone()
 
     def merge(self, other: "TopK") -> None:
         """Takes in the candidates of another accumulator of the same M and K; ValueError for another shape."""
@@ -180,7 +186,7 @@ class TopK:
                 self._add_block(block, self._seen + start)
             start += size
 
-    def _floor(self, rows: Tensor) -> Tensor:
+    def _floor(self, rows: Tensor | slice) -> Tensor:
         """What a score must reach to matter to these centers: -inf while K are not found."""
         return torch.maximum(self._scores_MK[rows, -1], self._least_M[rows])
 

@@ -1,14 +1,16 @@
 """Score: the kernel between all centers and all pool images, sharded over actors, kept as top-K per center.
 
-The driver hands out chunks of descriptor shards, as many as there are actors to take them, and merges what comes back
-in a tree of tasks; with each chunk go the floors that what is merged already sets, so that later chunks rescore little.
+The first images are dear, as nobody knows yet what a score must reach: of these, actors share the centers. Then the
+driver hands out chunks of descriptor shards, as many as there are actors to take them, and lets actors merge what comes
+back, in a tree; with each chunk go the floors that all before it set, so that few images are rescored.
 """
 
 import time
 import warnings
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +29,8 @@ _SHARD_BITS = 32
 """A pool image's key: shard number, then row. Shards are in the order of image_id, and so are the keys."""
 _READERS = 16
 _AHEAD = 4  # shards read while others are scored
-_SEGMENT = 1 << 15  # images scored at once: more than a shard, so that tiles are full and floors are set rarely
+_SEGMENT = 1 << 12  # images scored at once, at least: shards smaller than that are copied together, to fill tiles
+_FIRST = 1 << 14  # images whose scores set the first floors
 _CHUNKS = 8  # per actor: enough that the last ones end together
 _FAN_IN = 8  # parts that one merge takes
 _CANDIDATES = 1 << 24  # of all centers that are looked at together, where K had to grow
@@ -37,10 +40,32 @@ Numbered = tuple[int, str]
 """A shard's number and its descriptor file."""
 
 
+class Scan(NamedTuple):
+    """Shards to score, and for which centers."""
+
+    shards: list[Numbered]
+    rows: slice
+
+    @property
+    def name(self) -> str:
+        return self.shards[0][1]
+
+
+class Merge(NamedTuple):
+    """Parts of a level of the tree, to be one of the next."""
+
+    parts: list[ray.ObjectRef]
+    level: int
+
+    @property
+    def name(self) -> str:
+        return f"a merge of {len(self.parts)} parts"
+
+
 class Scorer:
     """Actor: holds the centers; takes descriptor shards, gives each center's top-K among them.
 
-    A call leaves nothing behind, so that a lost actor's call can be done by another.
+    A lost actor's call can be done by another: all that a call leaves behind is how high floors are known to be.
     """
 
     def __init__(self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int):
@@ -48,6 +73,7 @@ class Scorer:
         self.run, self.kernel, self.origin = run, kernel, origin
         self.shards = run.pool.shards("pool")
         self.centers = Descriptors(_shared(z), _shared(g))
+        self.known, self.best = None, None
 
     def ready(self) -> None:
         """Returns when the actor is up."""
@@ -62,16 +88,27 @@ class Scorer:
         """
         began, images = time.time(), 0
         centers = self.centers.rows(rows)
-        floor = None if floor_M is None else torch.from_numpy(floor_M.copy())
+        if self.known != (k, rows):
+            self.known, self.best = (k, rows), TopK(len(centers.z), k)
+        floor = self.best.floor()
+        if floor_M is not None:
+            floor = torch.maximum(floor, torch.from_numpy(floor_M.copy()))
         top = TopK(len(centers.z), k, floor_M=floor)
         for pool, keys in self._segments(shards):
             top.add(self.kernel, centers, pool, keys)
             images += len(keys)
-        scores, keys = (t.numpy() for t in top.result())
-        floor = scores[:, -1].copy()
-        return (scores, keys), {
-            "images": images, "shards": len(shards), "began": began, "floor": floor, "counts": dict(top.counts)
+        self.best.merge(top)
+        return _arrays(top), {
+            "images": images, "shards": len(shards), "began": began, "floor": self.best.floor().numpy(),
+            "counts": dict(top.counts),
         }  # fmt: skip
+
+    def merge(self, *parts: tuple[np.ndarray, np.ndarray]) -> tuple[tuple, dict]:
+        """Several (scores, keys) as one, and its `floor`."""
+        first, *rest = (TopK.of(_shared(scores), _shared(keys)) for scores, keys in parts)
+        for top in rest:
+            first.merge(top)
+        return _arrays(first), {"floor": first.floor().numpy()}
 
     def _segments(self, shards: Sequence[Numbered]) -> Iterator[tuple[Descriptors, torch.Tensor]]:
         """Descriptors and keys of several shards at a time; the next shards are read while these are scored."""
@@ -94,6 +131,11 @@ class Scorer:
         number, path = shard
         images = descriptor_files.read_shard(self.run, path, self.shards[number], self.origin)
         return images, (number << _SHARD_BITS) + torch.arange(len(images.z))
+
+
+def _arrays(top: TopK) -> tuple[np.ndarray, np.ndarray]:
+    scores, keys = top.result()
+    return scores.numpy(), keys.numpy()
 
 
 def _shared(array: np.ndarray) -> torch.Tensor:
@@ -171,17 +213,15 @@ class Scoring:
 
     def top_k(self, k: int, rows: slice = slice(None)) -> TopK:
         """The `k` best pool images of some of the centers; keys are shard number, then row."""
-        shards = list(enumerate(self.paths))
-        size = max(1, len(shards) // (_CHUNKS * len(self.actors)))
-        chunks = [shards[i : i + size] for i in range(0, len(shards), size)]
-        tree, self.counts["images"] = _Tree(len(range(self.table.num_rows)[rows])), 0
-        with progress.current().bar("score", len(shards), "shards") as advance:
-            for facts in _through(self.actors, chunks, (k, rows), tree):
+        sizes = [shard.rows for shard in self.run.pool.shards("pool")]
+        centers, self.counts["images"] = range(self.table.num_rows)[rows], 0
+        with progress.current().bar("score", len(self.paths), "shards") as advance:
+            tree = Tree(len(centers))
+            for facts in through(self.actors, list(enumerate(self.paths)), sizes, k, centers, tree):
                 self.counts.update({"images": facts["images"], **facts["counts"]})
                 self.began.append(facts["began"])
                 advance(facts["shards"])
-        scores, keys = tree.whole()
-        return TopK.of(torch.from_numpy(scores.copy()), torch.from_numpy(keys.copy()))
+        return TopK.of(*(torch.from_numpy(x.copy()) for x in tree.whole()))
 
     def facts(self) -> dict:
         """For the stage's marker: images, pairs by what was done with them, seconds until the first actor began."""
@@ -190,79 +230,96 @@ class Scoring:
         return {"images": self.counts["images"], "pairs": pairs, "startup_seconds": startup}
 
 
-def _through(actors: list, chunks: list[list[Numbered]], wanted: tuple[int, slice], tree: "_Tree") -> Iterator[dict]:
-    """Every chunk once through an actor that is up; yields the facts of each, and puts its top-K into the tree.
+def through(
+    actors: list, shards: list[Numbered], sizes: list[int], k: int, centers: range, tree: "Tree"
+) -> Iterator[dict]:
+    """Puts the top-K of all shards, of `sizes` images, for some of the centers into the tree; yields facts."""
+    count = 1 + int(np.searchsorted(np.cumsum(sizes), _FIRST))
+    step, tops = -(-len(centers) // len(actors)), {}
+    starts = range(centers.start, centers.stop, step)
+    todo = deque(Scan(shards[:count], slice(start, min(start + step, centers.stop))) for start in starts)
+    for job, top, facts in _do(actors, todo, k, lambda: None):
+        tops[job.rows.start] = top
+        yield facts if job.rows.start == centers.start else facts | {"images": 0, "shards": 0}
+    scores, keys = (np.concatenate(x) for x in zip(*ray.get([tops[start] for start in starts]), strict=True))
+    tree.add(ray.put((scores, keys)), scores[:, -1])
+    rest = shards[count:]
+    size = max(1, len(rest) // (_CHUNKS * len(actors)))
+    rows = slice(centers.start, centers.stop)
+    todo = deque(Scan(rest[i : i + size], rows) for i in range(0, len(rest), size))
+    for job, top, facts in _do(actors, todo, k, lambda: tree.floor):
+        todo.extendleft(tree.add(top, facts["floor"], job))
+        if isinstance(job, Scan):
+            yield facts
+    while todo := deque(tree.rest()):
+        for job, top, facts in _do(actors, todo, k, lambda: None):
+            tree.add(top, facts["floor"], job)
 
-    wanted: K, and which centers.
 
-    Ray restarts an actor and calls it again; the chunk of one that it gave up goes to another. RunError without any.
+def _do(
+    actors: list, todo: deque[Scan | Merge], k: int, floor: Callable[[], np.ndarray | None]
+) -> Iterator[tuple[Scan | Merge, ray.ObjectRef, dict]]:
+    """Every job once by an actor that is up, with the floors of when it starts; yields it, its top-K and its facts.
+
+    Jobs may be added meanwhile. Ray restarts an actor and calls it again; the job of one that it gave up goes to
+    another. RunError without any.
     """
-    todo, idle, died = deque(chunks), [], Counter()
-    busy = {actor.ready.remote(): (actor, [], None) for actor in actors}
+    idle, died = [], Counter()
+    busy = {actor.ready.remote(): (actor, None, None) for actor in actors}
     while busy:
         (done,), _ = ray.wait(list(busy), num_returns=1)
-        actor, chunk, top = busy.pop(done)
+        actor, job, top = busy.pop(done)
         try:
             facts = ray.get(done)
             idle.append(actor)
         except RayActorError as error:
-            died.update(chunk[:1])
-            if chunk and died[chunk[0]] == _ATTEMPTS:
-                raise RunError(f"{chunk[0][1]}: {_ATTEMPTS} actors died of this or the next shards: {error}") from None
-            todo.extend([chunk] if chunk else [])
             facts = None
+            if job:
+                todo.append(job)
+                died[job.name] += 1
+                if died[job.name] == _ATTEMPTS:
+                    what = f"{_ATTEMPTS} actors died of this or the next shards"
+                    raise RunError(f"{job.name}: {what}: {error}") from None
         if facts:
-            tree.add(top, facts.pop("floor"))
-            yield facts
+            yield job, top, facts
         while todo and idle:
-            actor, chunk = idle.pop(), todo.popleft()
-            top, facts = actor.score.options(num_returns=2).remote(chunk, *wanted, tree.floor)
-            busy[facts] = (actor, chunk, top)
+            actor, job = idle.pop(), todo.popleft()
+            if isinstance(job, Merge):
+                top, facts = actor.merge.options(num_returns=2).remote(*job.parts)
+            else:
+                top, facts = actor.score.options(num_returns=2).remote(job.shards, k, job.rows, floor())
+            busy[facts] = (actor, job, top)
     if todo:
-        raise RunError(f"all {len(actors)} scoring actors died; {sum(map(len, todo))} shards are not scored")
+        left = sum(len(job.shards) for job in todo if isinstance(job, Scan))
+        raise RunError(f"all {len(actors)} scoring actors died; {left} shards are not scored")
 
 
-class _Tree:
-    """Merges top-Ks, (scores, keys) in the object store, a few at a time wherever there is room; keeps their floors."""
+class Tree:
+    """Top-Ks, (scores, keys) in the object store, by how many merges they went through; and their floors."""
 
     def __init__(self, num_centers: int):
-        self.levels: list[list[ray.ObjectRef]] = []
-        self.floors: list[ray.ObjectRef] = []
+        self.levels: defaultdict[int, list[ray.ObjectRef]] = defaultdict(list)
         self.floor = np.full(num_centers, -np.inf, np.float32)
 
-    def add(self, top: ray.ObjectRef, floor: np.ndarray) -> None:
-        """Takes in a part and its K-th best scores (M,), which no candidate of the whole may be below."""
-        self._rise(top, 0)
-        known, self.floors = ray.wait(self.floors, num_returns=len(self.floors), timeout=0) if self.floors else ([], [])
-        self.floor = np.maximum.reduce([self.floor, floor, *ray.get(known)])
-
-    def _rise(self, top: ray.ObjectRef, level: int) -> None:
-        if level == len(self.levels):
-            self.levels.append([])
+    def add(self, top: ray.ObjectRef, floor: np.ndarray, job: Scan | Merge | None = None) -> list[Merge]:
+        """Takes in a part and scores (M,) that no candidate of the whole may be below; returns what is to be merged."""
+        level = job.level + 1 if isinstance(job, Merge) else 0
+        self.floor = np.maximum(self.floor, floor)
         self.levels[level].append(top)
-        if len(self.levels[level]) == _FAN_IN:
-            merged, floor = _merge.remote(*self.levels[level])
-            self.floors.append(floor)
-            self.levels[level] = []
-            self._rise(merged, level + 1)
+        return [Merge(self.levels.pop(level), level)] if len(self.levels[level]) == _FAN_IN else []
+
+    def rest(self) -> list[Merge]:
+        """What is still to be merged, where more than one part is left."""
+        parts, top = [part for level in self.levels.values() for part in level], max(self.levels)
+        if len(parts) == 1:
+            return []
+        self.levels.clear()
+        return [Merge(parts[i : i + _FAN_IN], top) for i in range(0, len(parts), _FAN_IN)]
 
     def whole(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores and keys (M, k) of all parts together."""
-        parts = [part for level in self.levels for part in level]
-        while len(parts) > 1:
-            groups = [parts[i : i + _FAN_IN] for i in range(0, len(parts), _FAN_IN)]
-            parts = [_merge.remote(*group)[0] if len(group) > 1 else group[0] for group in groups]
-        return ray.get(parts[0])
-
-
-@ray.remote(num_cpus=0, num_returns=2)
-def _merge(*parts: tuple[np.ndarray, np.ndarray]) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Several (scores, keys) as one, and its K-th best scores."""
-    first, *rest = (TopK.of(_shared(scores), _shared(keys)) for scores, keys in parts)
-    for top in rest:
-        first.merge(top)
-    scores, keys = (t.numpy() for t in first.result())
-    return (scores, keys), scores[:, -1].copy()
+        ((part,),) = self.levels.values()
+        return ray.get(part)
 
 
 def candidates_table(top: TopK, centers: pa.Table, paths: list[str]) -> pa.Table:
