@@ -33,7 +33,6 @@ from raypfk.pfk import Kernel
 from raypfk.run import Run
 from raypfk.stages import score
 from raypfk.stages.pool import Pool
-from raypfk.stages.score import Scorer
 
 
 @click.command()
@@ -95,8 +94,7 @@ def write(folder: str, data: Data, origin: Origin, pool: int, shard_rows: int) -
 
 def start(run: Run, origin: Origin, centers: tuple, layout: tuple[int, int]) -> list:
     actors, threads = layout
-    actor, kernel = ray.remote(Scorer).options(num_cpus=threads), Kernel("pfk", origin.lengths)
-    started = [actor.remote(run, kernel, origin, *centers, threads) for _ in range(actors)]
+    started = [score.start(run, Kernel("pfk", origin.lengths), origin, *centers, threads) for _ in range(actors)]
     ray.get([actor.ready.remote() for actor in started])
     return started
 

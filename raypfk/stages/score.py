@@ -5,11 +5,12 @@ driver hands out chunks of descriptor shards, as many as there are actors to tak
 back, in a tree; with each chunk go the floors that all before it set, so that few images are rescored.
 """
 
+import threading
 import time
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ from raypfk.schema import CANDIDATES
 _SHARD_BITS = 32
 """A pool image's key: shard number, then row. Shards are in the order of image_id, and so are the keys."""
 _READERS = 16
-_AHEAD = 4  # shards read while others are scored
+_CALLS = 2  # of an actor at once: the shards of one are read while the other's are scored
+_AHEAD = 4  # shards of a call that are read before it needs them
 _SEGMENT = 1 << 12  # images scored at once, at least: shards smaller than that are copied together, to fill tiles
 _FIRST = 1 << 14  # images whose scores set the first floors
 _CHUNKS = 8  # per actor: enough that the last ones end together
@@ -36,6 +38,8 @@ _FAN_IN = 8  # parts that one merge takes
 _CANDIDATES = 1 << 24  # of all centers that are looked at together, where K had to grow
 _ATTEMPTS = 4  # at one chunk, where actors die of it
 
+Images = tuple[Descriptors, torch.Tensor]
+"""Descriptors of B images, and their keys (B,) int64."""
 Numbered = tuple[int, str]
 """A shard's number and its descriptor file."""
 
@@ -69,10 +73,10 @@ class Scorer:
     """
 
     def __init__(self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int):
-        torch.set_num_threads(threads)
         self.run, self.kernel, self.origin = run, kernel, origin
         self.shards = run.pool.shards("pool")
         self.centers = Descriptors(_shared(z), _shared(g))
+        self.threads, self.turn = threads, threading.Lock()
         self.known, self.best = None, None
 
     def ready(self) -> None:
@@ -86,20 +90,26 @@ class Scorer:
         Returns (scores (M, k) float32, keys (M, k) int64), and facts: images, shards, when it began, the K-th best
         scores as `floor` (M,), and the `counts` of `TopK`.
         """
-        began, images = time.time(), 0
-        centers = self.centers.rows(rows)
+        with ThreadPoolExecutor(1) as reader:  # reads while an earlier call is scoring, and then while this one is
+            ahead = deque(reader.submit(self._read, shard) for shard in shards[:_AHEAD])
+            with self.turn:
+                return self._score(self._arriving(reader, ahead, shards[_AHEAD:]), len(shards), k, rows, floor_M)
+
+    def _score(self, arriving, num_shards: int, k: int, rows: slice, floor_M: np.ndarray | None) -> tuple[tuple, dict]:
+        began, images, centers = time.time(), 0, self.centers.rows(rows)
+        torch.set_num_threads(self.threads)  # each of an actor's threads has its own number
         if self.known != (k, rows):
             self.known, self.best = (k, rows), TopK(len(centers.z), k)
         floor = self.best.floor()
         if floor_M is not None:
             floor = torch.maximum(floor, torch.from_numpy(floor_M.copy()))
         top = TopK(len(centers.z), k, floor_M=floor)
-        for pool, keys in self._segments(shards):
+        for pool, keys in _segments(arriving):
             top.add(self.kernel, centers, pool, keys)
             images += len(keys)
         self.best.merge(top)
         return _arrays(top), {
-            "images": images, "shards": len(shards), "began": began, "floor": self.best.floor().numpy(),
+            "images": images, "shards": num_shards, "began": began, "floor": self.best.floor().numpy(),
             "counts": dict(top.counts),
         }  # fmt: skip
 
@@ -110,24 +120,17 @@ class Scorer:
             first.merge(top)
         return _arrays(first), {"floor": first.floor().numpy()}
 
-    def _segments(self, shards: Sequence[Numbered]) -> Iterator[tuple[Descriptors, torch.Tensor]]:
-        """Descriptors and keys of several shards at a time; the next shards are read while these are scored."""
-        with ThreadPoolExecutor(1) as reader:
-            todo, ahead, held, rows = iter(shards), deque(), [], 0
-            for shard in todo:
-                ahead.append(reader.submit(self._read, shard))
-                if len(ahead) < _AHEAD:
-                    continue
-                held.append(ahead.popleft().result())
-                rows += len(held[-1][1])
-                if rows >= _SEGMENT:
-                    yield _joined(held)
-                    held, rows = [], 0
-            held += [future.result() for future in ahead]
-            if held:
-                yield _joined(held)
+    def _arriving(
+        self, reader: ThreadPoolExecutor, ahead: deque[Future], shards: Sequence[Numbered]
+    ) -> Iterator[Images]:
+        """What is being read and then these shards, in order; few are in memory at once."""
+        for shard in shards:
+            yield ahead.popleft().result()
+            ahead.append(reader.submit(self._read, shard))
+        while ahead:
+            yield ahead.popleft().result()
 
-    def _read(self, shard: Numbered) -> tuple[Descriptors, torch.Tensor]:
+    def _read(self, shard: Numbered) -> Images:
         number, path = shard
         images = descriptor_files.read_shard(self.run, path, self.shards[number], self.origin)
         return images, (number << _SHARD_BITS) + torch.arange(len(images.z))
@@ -145,7 +148,20 @@ def _shared(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _joined(held: list[tuple[Descriptors, torch.Tensor]]) -> tuple[Descriptors, torch.Tensor]:
+def _segments(arriving: Iterator[Images]) -> Iterator[Images]:
+    """Shards, small ones several at a time."""
+    held, count = [], 0
+    for images in arriving:
+        held.append(images)
+        count += len(images[1])
+        if count >= _SEGMENT:
+            yield _joined(held)
+            held, count = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[Images]) -> Images:
     if len(held) == 1:
         return held[0]
     parts, keys = zip(*held, strict=True)
@@ -202,9 +218,8 @@ class Scoring:
         count = min(len(self.paths), count)
         session.require("scoring", CPU=count * threads)
         z, g = (ray.put(x.numpy()) for x in self.centers)
-        actor = ray.remote(Scorer).options(num_cpus=threads, max_restarts=4, max_task_retries=4)
         arguments = (self.run, self.run.stored_kernel(), self.origin, z, g, threads)
-        self.actors = [actor.remote(*arguments) for _ in range(count)]
+        self.actors = [start(*arguments) for _ in range(count)]
         return self
 
     def __exit__(self, *_) -> None:
@@ -230,6 +245,13 @@ class Scoring:
         return {"images": self.counts["images"], "pairs": pairs, "startup_seconds": startup}
 
 
+def start(run: Run, kernel: Kernel, origin: Origin, z: ray.ObjectRef, g: ray.ObjectRef, threads: int):
+    """A scoring actor."""
+    actor = ray.remote(Scorer)
+    options = {"num_cpus": threads, "max_concurrency": _CALLS, "max_restarts": 4, "max_task_retries": 4}
+    return actor.options(**options).remote(run, kernel, origin, z, g, threads)
+
+
 def through(
     actors: list, shards: list[Numbered], sizes: list[int], k: int, centers: range, tree: "Tree"
 ) -> Iterator[dict]:
@@ -238,7 +260,7 @@ def through(
     step, tops = -(-len(centers) // len(actors)), {}
     starts = range(centers.start, centers.stop, step)
     todo = deque(Scan(shards[:count], slice(start, min(start + step, centers.stop))) for start in starts)
-    for job, top, facts in _do(actors, todo, k, lambda: None):
+    for job, top, facts in _do(actors, todo, k, lambda: None, calls=1):
         tops[job.rows.start] = top
         yield facts if job.rows.start == centers.start else facts | {"images": 0, "shards": 0}
     scores, keys = (np.concatenate(x) for x in zip(*ray.get([tops[start] for start in starts]), strict=True))
@@ -257,21 +279,21 @@ def through(
 
 
 def _do(
-    actors: list, todo: deque[Scan | Merge], k: int, floor: Callable[[], np.ndarray | None]
+    actors: list, todo: deque[Scan | Merge], k: int, floor: Callable[[], np.ndarray | None], calls: int = _CALLS
 ) -> Iterator[tuple[Scan | Merge, ray.ObjectRef, dict]]:
     """Every job once by an actor that is up, with the floors of when it starts; yields it, its top-K and its facts.
 
-    Jobs may be added meanwhile. Ray restarts an actor and calls it again; the job of one that it gave up goes to
-    another. RunError without any.
+    An actor has up to `calls` at once; jobs may be added meanwhile. Ray restarts an actor and calls it again; the job
+    of one that it gave up goes to another. RunError without any.
     """
-    idle, died = [], Counter()
+    idle, died = deque(), Counter()
     busy = {actor.ready.remote(): (actor, None, None) for actor in actors}
     while busy:
         (done,), _ = ray.wait(list(busy), num_returns=1)
         actor, job, top = busy.pop(done)
         try:
             facts = ray.get(done)
-            idle.append(actor)
+            idle.extend([actor] * (1 if job else calls))
         except RayActorError as error:
             facts = None
             if job:
@@ -283,7 +305,7 @@ def _do(
         if facts:
             yield job, top, facts
         while todo and idle:
-            actor, job = idle.pop(), todo.popleft()
+            actor, job = idle.popleft(), todo.popleft()
             if isinstance(job, Merge):
                 top, facts = actor.merge.options(num_returns=2).remote(*job.parts)
             else:
