@@ -115,10 +115,13 @@ class TopK:
         self._check(kernel, centers, pool, keys)
         self._check_votes(votes, len(self._scores_MK), len(keys))
         low = self._low_precision(kernel, len(keys), keys.device)
-        low_centers, low_pool = (scan.round_to(kernel, low, part) for part in (centers, pool))
-        fine_M = check_standardised("centers", low_centers.lengths_TN)
-        fine_B = check_standardised("pool", low_pool.lengths_TN)
-        part = _Part(kernel, torch.arange(len(fine_M), device=keys.device), centers, low_centers, pool, low_pool, keys)
+        lows = [None if low == "float32" else scan.round_to(kernel, low, part) for part in (centers, pool)]
+        fine_M, fine_B = (
+            check_standardised(name, rounded.lengths_TN if rounded else kernel.vector_lengths(part))
+            for name, part, rounded in zip(("centers", "pool"), (centers, pool), lows, strict=True)
+        )
+        rows = torch.arange(len(fine_M), device=keys.device)
+        part = _Part(kernel, rows, centers, pool, keys, *lows)
         part = part if fine_M.all() else part.centers_of(fine_M)
         part = part if fine_B.all() else part.images(fine_B)
         if votes is None:
@@ -192,13 +195,15 @@ class TopK:
 
     def _add_head(self, part: "_Part") -> None:
         """First images: their own K-th best scores, less their error, are the floors of lists that are not full."""
+        k = self._keys_MK.shape[1]
+        if k > BUDGET["float32"] * len(part.keys):  # K are left of them at least
+            self._settle_all(part)
+            return
         scores_RB, bound = part.kernel.block(part.centers, part.pool), part.kernel.error_bound()
         if part.factor is not None:
             scores_RB *= part.factor32
         self.counts["float32"] += scores_RB.numel()
-        floor_R, k = self._floor(part.rows), self._keys_MK.shape[1]
-        if scores_RB.shape[1] >= k:
-            floor_R = torch.maximum(floor_R, scores_RB.topk(k, dim=1).values[:, -1] - bound)
+        floor_R = torch.maximum(self._floor(part.rows), scores_RB.topk(k, dim=1).values[:, -1] - bound)
         hit_RB = scores_RB >= (floor_R - bound)[:, None]
         if int(hit_RB.count_nonzero()) > BUDGET["float32"] * scores_RB.numel():
             self._settle_all(part)
@@ -209,11 +214,12 @@ class TopK:
         step = CENTERS[part.rows.device.type]
         for first in range(0, len(part.rows), step):
             some = part.centers_of(slice(first, first + step))
-            wary = seen < self._wary and some.low_pool.precision != "float32"
-            found = None if wary else self._scan(some)
-            if found is None and some.low_pool.precision != "float32":
-                if not wary:
+            found = None
+            if some.low_pool and seen >= self._wary:
+                found = self._scan(some)
+                if found is None:
                     self._wary = 2 * (seen + len(part.keys))  # floors will hardly be higher before that
+            if found is None:
                 found = self._scan(some.in_float32())
             if found is None:
                 self._settle_all(some)
@@ -279,10 +285,10 @@ class _Part:
     kernel: Kernel
     rows: Tensor
     centers: Descriptors
-    low_centers: scan.Rounded
     pool: Descriptors
-    low_pool: scan.Rounded
     keys: Tensor
+    low_centers: scan.Rounded | None
+    low_pool: scan.Rounded | None
     factor: Tensor | None = None
 
     @property
@@ -291,12 +297,12 @@ class _Part:
 
     def images(self, index: slice | Tensor) -> "_Part":
         factor = None if self.factor is None else self.factor[index]
-        pool, low = self.pool.rows(index), self.low_pool.rows(index)
-        return replace(self, pool=pool, low_pool=low, keys=self.keys[index], factor=factor)
+        low = self.low_pool and self.low_pool.rows(index)
+        return replace(self, pool=self.pool.rows(index), low_pool=low, keys=self.keys[index], factor=factor)
 
     def centers_of(self, index: slice | Tensor) -> "_Part":
-        centers, low = self.centers.rows(index), self.low_centers.rows(index)
-        return replace(self, rows=self.rows[index], centers=centers, low_centers=low)
+        low = self.low_centers and self.low_centers.rows(index)
+        return replace(self, rows=self.rows[index], centers=self.centers.rows(index), low_centers=low)
 
     def in_float32(self) -> "_Part":
         centers, pool = (scan.round_to(self.kernel, "float32", part) for part in (self.centers, self.pool))
