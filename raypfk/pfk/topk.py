@@ -136,7 +136,9 @@ class TopK:
     def _add_class(self, part: "_Part", votes: Votes, label: int) -> None:
         """The images with a vote for a class, to the centers of that class; the others all score 0 there."""
         image, slot = ((votes.classes == label) & (votes.shares > 0)).nonzero(as_tuple=True)
-        self._add(replace(part.images(image), factor=votes.shares[image, slot].double() ** votes.gamma))
+        few = len(part.rows) * len(image) < SMALL
+        scanned = replace(part, low_centers=None, low_pool=None) if few else part
+        self._add(replace(scanned.images(image), factor=votes.shares[image, slot].double() ** votes.gamma))
         worst = self._floor(part.rows)
         if (worst <= 0).any():  # a list that is not full of better ones has room for zeros, smallest keys first
             silent = torch.ones_like(part.keys, dtype=torch.bool)
