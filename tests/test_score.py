@@ -88,6 +88,7 @@ def test_the_tree_merges_every_part_once():
 def test_a_lost_actors_chunk_goes_to_another():
     """Actors that die for good, at once or later, cost nothing but their chunk's time."""
     check([Fake.remote(calls=0), Fake.remote(calls=3), Fake.remote()])
+    check([*(Fake.remote(calls=0) for _ in range(4)), Fake.remote()])  # four deaths, but at four jobs
 
 
 def test_without_actors_it_is_said():

@@ -41,7 +41,7 @@ def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> T
     sound_M = _all_finite(misses.z) & _all_finite(misses.g)
     sound, broken = _where(sound_M), _where(~sound_M)
     misses = (misses.rows(sound) if len(broken) else misses).to(torch.float32)
-    check_standardised("misses", kernel.vector_lengths(misses))
+    check_standardised("misses", kernel.scale_lengths(misses))
     alone = drawn[~sound_M[drawn]]  # similar to nobody
     count = min(p - len(alone), len(sound))
     first = int(_where(sound == drawn)) if not len(alone) else None

@@ -102,9 +102,9 @@ class Kernel:
         """The `vectors` as views (N, L_j)."""
         return tuple(x[:, span] for x, span in self.vectors(part))
 
-    def vector_lengths(self, part: Descriptors) -> Tensor:
-        """(T, N) float32 the length of each of the T `vectors`; NaN where it holds one."""
-        return torch.cat([scale_lengths(x, [span]) for x, span in self.vectors(part)])
+    def scale_lengths(self, part: Descriptors) -> Tensor:
+        """(T, N) float32 the length of each vector in every scale, whatever its weight; NaN where it holds one."""
+        return torch.cat([scale_lengths(x, self.spans) for x in (part if self.name != "pcc" else part[:1])])
 
     def block(self, centers: Descriptors, pool: Descriptors) -> Tensor:
         """Scores (M, B) of all pairs in the dtype of the descriptors; in float32 within `error_bound` of the exact."""

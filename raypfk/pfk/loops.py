@@ -16,6 +16,7 @@ FAST = {"reassoc", "contract", "arcp", "nsz"}  # sums in any order; NaN and infi
 ONE, HALF, OFFSET = np.float32(1), np.float32(128.5), np.int32(128)
 FULL, TOO_MANY = -1, -2
 ONE_AT_MOST = np.float32(MAX_LENGTH**2)
+SMALLEST_STEP = np.float32(1e-12)  # so that nothing in units of two of them overflows
 LARGEST, SIGN_OFF = np.float32(127), np.int32(0x7FFFFFFF)
 SLACK, LEAST = np.float32(1.0001), np.float32(1e-6)  # of an error that is itself computed in float32
 
@@ -49,8 +50,7 @@ def round_to_int8(x_NL, start, codes_Nl, steps_N, errors_N, lengths_N):
     for n in range(len(codes_Nl)):
         x_l = x_NL[n, start:stop]
         lengths_N[n], largest[0] = np.sqrt(_square(x_l)), _largest(bits_NL[n, start:stop])
-        step = largest.view(np.float32)[0] / LARGEST
-        step = step if step > 0 else ONE
+        step = max(largest.view(np.float32)[0] / LARGEST, SMALLEST_STEP)
         steps_N[n], errors_N[n] = step, SLACK * np.sqrt(_round_row(x_l, codes_Nl[n], step)) + LEAST
 
 

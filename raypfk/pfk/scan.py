@@ -30,7 +30,8 @@ DENSE_CENTERS, DENSE_POOL = 8192, 4096  # where torch scores whole tiles: memory
 FUSED_CAPACITY = 256  # survivors of one center that the fused kernel lists
 Z, G = 0, 1  # in a scale's pair of matrices
 ONE_BY_ONE = 1 / 32  # of a tile's pairs whose second factor may be computed one by one
-U_BFLOAT16 = 2.0**-9
+U_BFLOAT16 = 2.0**-8
+LONGEST_INT8 = (2**31 - 1) // 127**2  # numbers of a scale: their products' sum fits int32
 
 Pairs = tuple[Tensor, Tensor]
 """Rows of centers and of pool images (Q,), int64."""
@@ -41,21 +42,41 @@ class Rounded:
     """Descriptors as a scan reads them, one matrix (N, l) for each of the T.
 
     steps_TN: float32, what 1 in a row of a matrix stands for. errors_TN: float32, an upper bound on the distance
-    between a vector and what was kept of it. lengths_TN: float32, of the vectors, NaN where one holds a NaN. whole: the
-    descriptors that the matrices are slices of, if they are.
+    between a vector and what was kept of it. lengths_TN: float32, of the vectors, NaN where one holds a NaN; where they
+    were found on the way. whole: the descriptors that the matrices are slices of, if they are.
     """
 
     precision: Precision
     matrices: tuple[Tensor, ...]
     steps_TN: Tensor
     errors_TN: Tensor
-    lengths_TN: Tensor
+    lengths_TN: Tensor | None = None
     whole: Descriptors | None = None
 
     def rows(self, index: slice | Tensor) -> "Rounded":
         matrices = tuple(x[index] for x in self.matrices)
-        facts = (x[:, index] for x in (self.steps_TN, self.errors_TN, self.lengths_TN))
-        return Rounded(self.precision, matrices, *facts, self.whole and self.whole.rows(index))
+        steps_TN, errors_TN = self.steps_TN[:, index], self.errors_TN[:, index]
+        return Rounded(self.precision, matrices, steps_TN, errors_TN, whole=self.whole and self.whole.rows(index))
+
+
+def supported(kernel: Kernel, device: torch.device) -> tuple[Precision, ...]:
+    """The precisions that give right products for a kernel here, float32 among them."""
+    fits = max(kernel.lengths) <= LONGEST_INT8 and (device.type != "cpu" or _int8_products_are_exact())
+    return PRECISIONS if fits else PRECISIONS[:-1]
+
+
+@lru_cache(maxsize=1)
+def _int8_products_are_exact() -> bool:
+    """Whether sums of int8 products are whole: without VNNI instructions, oneDNN adds pairs of them up to 32,767."""
+    codes = torch.randint(-127, 128, (TILE_POOL, 513), generator=torch.Generator().manual_seed(0))
+    codes[:64], codes[64:128] = 127, codes[64:128].sign() * 127
+    low, exact = codes.to(torch.int8), codes.double() @ codes.double().T
+    try:
+        return torch.equal(torch._int_mm(low, low.T).double(), exact) and torch.equal(
+            torch._int_mm(low[:1], low.T).double(), exact[:1]
+        )
+    except (RuntimeError, AttributeError):
+        return False
 
 
 def round_to(kernel: Kernel, precision: Precision, part: Descriptors) -> Rounded:
@@ -63,12 +84,12 @@ def round_to(kernel: Kernel, precision: Precision, part: Descriptors) -> Rounded
     if precision == "int8":
         return _round_to_int8(kernel, part)
     whole = part.to(torch.bfloat16) if precision == "bfloat16" else part
-    matrices, lengths_TN = kernel.matrices(whole), kernel.vector_lengths(part)
-    errors_TN = torch.zeros_like(lengths_TN)
+    matrices = kernel.matrices(whole)
+    errors_TN = part.z.new_zeros(len(matrices), len(part.z))
     if precision == "bfloat16":
         for error, x, y in zip(errors_TN, kernel.matrices(part), matrices, strict=True):
             error.copy_(_upper((x - y).norm(dim=1)))
-    return Rounded(precision, matrices, torch.ones_like(errors_TN), errors_TN, lengths_TN, whole)
+    return Rounded(precision, matrices, torch.ones_like(errors_TN), errors_TN, whole=whole)
 
 
 def _upper(length_N: Tensor) -> Tensor:
@@ -89,8 +110,7 @@ def _round_to_int8(kernel: Kernel, part: Descriptors) -> Rounded:
 
 
 def _round_rows(x_Nl: Tensor, codes_Nl: Tensor, step_N: Tensor, error_N: Tensor, length_N: Tensor) -> None:
-    torch.div(x_Nl.abs().amax(1), 127, out=step_N)
-    step_N[step_N == 0] = 1.0
+    torch.div(x_Nl.abs().amax(1), 127, out=step_N).clamp_(min=float(loops.SMALLEST_STEP))
     codes_Nl.copy_((x_Nl / step_N[:, None]).round_().clamp_(-127, 127))
     error_N.copy_(_upper((x_Nl - codes_Nl * step_N[:, None]).norm(dim=1)))
     length_N.copy_(x_Nl.norm(dim=1))
@@ -281,7 +301,7 @@ def _fastest_on_cpu(kernel: Kernel, threads: int) -> Precision:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * TILE_POOL, sum(kernel.lengths), generator=generator)
     part = Descriptors(x / x.norm(dim=1, keepdim=True), x / x.norm(dim=1, keepdim=True))
-    return min(PRECISIONS, key=lambda precision: _seconds(kernel, precision, part))
+    return min(supported(kernel, x.device), key=lambda precision: _seconds(kernel, precision, part))
 
 
 def _seconds(kernel: Kernel, precision: Precision, part: Descriptors) -> float:

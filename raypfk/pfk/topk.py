@@ -109,17 +109,16 @@ class TopK:
         int64 >= 0, distinct, are the images' ids: among equal scores the smaller wins. A zero vector scores 0 like any
         other; a pair whose score is NaN (a NaN in a descriptor) is dropped. With `votes`, scores are multiplied by the
         confidence in the center's class, and only pairs that have any are scored.
-        Raises ValueError for shapes that do not fit, and for descriptors that are not standardised (or infinite).
+        Raises ValueError for shapes that do not fit, for descriptors that are not standardised (or infinite), and for a
+        precision in which this machine's products are wrong.
         """
         centers, pool = (part.to(torch.float32) for part in (centers, pool))
         self._check(kernel, centers, pool, keys)
         self._check_votes(votes, len(self._scores_MK), len(keys))
         low = self._low_precision(kernel, len(keys), keys.device)
         lows = [None if low == "float32" else scan.round_to(kernel, low, part) for part in (centers, pool)]
-        fine_M, fine_B = (
-            check_standardised(name, rounded.lengths_TN if rounded else kernel.vector_lengths(part))
-            for name, part, rounded in zip(("centers", "pool"), (centers, pool), lows, strict=True)
-        )
+        named = zip(("centers", "pool"), (centers, pool), lows, strict=True)
+        fine_M, fine_B = (check_standardised(name, _lengths(kernel, *given)) for name, *given in named)
         rows = torch.arange(len(fine_M), device=keys.device)
         part = _Part(kernel, rows, centers, pool, keys, *lows)
         part = part if fine_M.all() else part.centers_of(fine_M)
@@ -170,6 +169,8 @@ class TopK:
 
     def _low_precision(self, kernel: Kernel, num_images: int, device: torch.device) -> scan.Precision:
         if self._precision != "auto":
+            if self._precision not in scan.supported(kernel, device):
+                raise ValueError(f"precision {self._precision}: its products are not exact here, for this kernel")
             return self._precision
         worth = len(self._scores_MK) * num_images >= SMALL
         return scan.fastest(kernel, device) if worth else "float32"
@@ -309,6 +310,12 @@ class _Part:
     def in_float32(self) -> "_Part":
         centers, pool = (scan.round_to(self.kernel, "float32", part) for part in (self.centers, self.pool))
         return replace(self, low_centers=centers, low_pool=pool)
+
+
+def _lengths(kernel: Kernel, part: Descriptors, rounded: scan.Rounded | None) -> Tensor:
+    """Of every scale, also of those that do not count: 0 times NaN is NaN."""
+    known = rounded and len(kernel.used_scales) == len(kernel.spans) and rounded.lengths_TN is not None
+    return rounded.lengths_TN if known else kernel.scale_lengths(part)
 
 
 def _ranked(rows: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

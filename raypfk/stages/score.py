@@ -275,7 +275,7 @@ def through(
             yield facts
     while todo := deque(tree.rest()):
         for job, top, facts in _do(actors, todo, k, lambda: None):
-            tree.add(top, facts["floor"], job)
+            todo.extendleft(tree.add(top, facts["floor"], job))
 
 
 def _do(
@@ -286,7 +286,7 @@ def _do(
     An actor has up to `calls` at once; jobs may be added meanwhile. Ray restarts an actor and calls it again; the job
     of one that it gave up goes to another. RunError without any.
     """
-    idle, died = deque(), Counter()
+    idle, died = deque(), []
     busy = {actor.ready.remote(): (actor, None, None) for actor in actors}
     while busy:
         (done,), _ = ray.wait(list(busy), num_returns=1)
@@ -296,10 +296,11 @@ def _do(
             idle.extend([actor] * (1 if job else calls))
         except RayActorError as error:
             facts = None
+            idle = deque(other for other in idle if other is not actor)
             if job:
                 todo.append(job)
-                died[job.name] += 1
-                if died[job.name] == _ATTEMPTS:
+                died.append(job)
+                if sum(other is job for other in died) == _ATTEMPTS:
                     what = f"{_ATTEMPTS} actors died of this or the next shards"
                     raise RunError(f"{job.name}: {what}: {error}") from None
         if facts:

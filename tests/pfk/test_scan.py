@@ -6,11 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypfk.pfk import Descriptors, Kernel, kernel, loops, reference, scan, standardise
+from raypfk.pfk import Descriptors, Kernel, TopK, kernel, loops, reference, scan, standardise
 
 from .strategies import NAMES, descriptors, kernels, lists, quick, seeds, vectors
 
-precisions = st.sampled_from(scan.PRECISIONS)
+SUPPORTED = scan.supported(Kernel("pfk", (8,)), torch.device("cpu"))
+precisions = st.sampled_from(SUPPORTED)
 
 
 def rounded(kernel: Kernel, precision: str, m: int, n: int, seed: int):
@@ -48,7 +49,7 @@ def test_no_pair_that_reaches_its_floor_is_missed(kernel, precision, m, n, by_on
 
 
 @pytest.mark.parametrize("by_one", [0.0, 1.0])
-@pytest.mark.parametrize("precision", scan.PRECISIONS)
+@pytest.mark.parametrize("precision", SUPPORTED)
 @pytest.mark.parametrize("name", NAMES)
 def test_loops_and_torch_find_the_same(name, precision, by_one, monkeypatch):
     """At real tile sizes, and a last tile that is not full: the same pairs, but for some at the very limit."""
@@ -68,7 +69,7 @@ def test_loops_and_torch_find_the_same(name, precision, by_one, monkeypatch):
     assert inner <= got <= outer and len(got) == len(rows) and 100 < len(got) < 400000
 
 
-@pytest.mark.parametrize("precision", scan.PRECISIONS)
+@pytest.mark.parametrize("precision", SUPPORTED)
 @pytest.mark.parametrize("search", ["_by_tiles", "_by_torch"])
 def test_more_survivors_than_asked_for_are_none(search, precision):
     """A capacity that all fit in gives them, one less gives None."""
@@ -97,13 +98,41 @@ def test_int8_codes_are_as_near_as_they_say(lengths, n, seed):
 
 
 def test_lengths_see_what_is_not_a_number():
-    """As torch's norm, NaN and infinity included, in every precision."""
+    """As torch's norm, NaN and infinity included, also where rounding finds them on the way."""
     kernel, part = Kernel("pfk", (3, 40, 1), "equal"), descriptors(50, (3, 40, 1), 0)
     part.z[3, 1], part.z[4, 20], part.g[5, 43] = torch.nan, torch.inf, -torch.nan
-    expected = torch.stack([x.norm(dim=1) for x in kernel.matrices(part)])
+    expected = torch.stack([x[:, span].norm(dim=1) for x in part for span in kernel.spans])
     assert expected.isnan().sum() == 2 and expected.isinf().sum() == 1
-    for precision in scan.PRECISIONS:
-        torch.testing.assert_close(scan.round_to(kernel, precision, part).lengths_TN, expected, equal_nan=True)
+    torch.testing.assert_close(kernel.scale_lengths(part), expected, equal_nan=True)
+    by_scale = torch.stack([x.norm(dim=1) for x in kernel.matrices(part)])
+    torch.testing.assert_close(scan.round_to(kernel, "int8", part).lengths_TN, by_scale, equal_nan=True)
+
+
+def test_int8_products_that_saturate_are_found_out(monkeypatch):
+    """As of a processor without VNNI: int8 is not offered, refused where asked for, and left out of the trial."""
+    plain, kernel = torch._int_mm, Kernel("pcc", (64,))
+    monkeypatch.setattr(torch, "_int_mm", lambda x, y: plain(x, y).clamp(-(2**15), 2**15 - 1))
+    scan._int8_products_are_exact.cache_clear()
+    try:
+        assert "int8" not in scan.supported(kernel, torch.device("cpu"))
+        assert scan.fastest(Kernel("pcc", (65,)), torch.device("cpu")) != "int8"
+        part = descriptors(4, (64,), 0)
+        with pytest.raises(ValueError, match="precision int8: its products are not exact"):
+            TopK(4, 2, precision="int8").add(kernel, part, part, torch.arange(4))
+    finally:
+        monkeypatch.undo()
+        scan._int8_products_are_exact.cache_clear()
+    assert "int8" not in scan.supported(Kernel("pcc", (scan.LONGEST_INT8 + 1,)), torch.device("cpu"))
+
+
+def test_a_product_above_1_rounded_to_bfloat16_is_within_its_bound():
+    """Rounding errs by 2^-8 of a number, just above 1 by all of it: an image at the floor of its opposite is found."""
+    kernel, sign = Kernel("pcc", (1029,)), torch.ones(1, 1029)
+    sign[:, ::2] = -1
+    x = sign * (1.99609375 + 1e-4) / 64
+    center, image = (scan.round_to(kernel, "bfloat16", Descriptors(y, y)) for y in (x, -x))
+    floor_M = torch.tensor([-1028.0 * float(x.double() @ x.double().T)])
+    assert len(scan.survivors(kernel, center, image, floor_M)[0]) == 1
 
 
 @quick
