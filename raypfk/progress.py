@@ -65,7 +65,7 @@ class Progress:
             done, now = done + n, time.monotonic()
             if begun is None:
                 begun, before = now, done  # the first piece waited for processes to start: it tells no rate
-            elif now - last >= PLAIN_EVERY_S:
+            elif now - last >= PLAIN_EVERY_S and done > before:  # a piece may be none
                 rate = (done - before) / max(now - begun, 1e-9)
                 self.say(f"{name}: {done:,} of {total:,} {unit}, {rate:,.3g}/s, {(total - done) / rate:,.0f} s left")
                 last = now
