@@ -43,7 +43,9 @@ def main(out: str) -> None:
     score.Tree.add, score._FIRST = add, 1
     threading.Thread(target=lose, daemon=True).start()
     score.score(run, 1)
-    assert lost.is_set() and len(ray.nodes()) == 2 and sum(n["Alive"] for n in ray.nodes()) == 1
+    assert lost.is_set()
+    while sum(node["Alive"] for node in ray.nodes()) > 1:  # until heartbeats are missed
+        time.sleep(0.1)
     assert run.read(run.round(1).candidates).equals(expected)
     print("same candidates")
 
