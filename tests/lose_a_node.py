@@ -47,7 +47,9 @@ def main(out: str) -> None:
     while sum(node["Alive"] for node in ray.nodes()) > 1:  # until heartbeats are missed
         time.sleep(0.1)
     assert run.read(run.round(1).candidates).equals(expected)
-    print("same candidates")
+    print("same candidates", flush=True)
+    ray.shutdown()
+    cluster.shutdown()
 
 
 if __name__ == "__main__":
