@@ -97,10 +97,9 @@ def survivors(products_Tbm, images, paired, bounds, row, col, pairs_2C, found):
         while i < len(high_m):
             high = _product_bound(products_Tbm, bounds, row, b, n, i) if paired else high_m[i]
             if high * factor_B[n] >= limit_m[i]:
-                if found == pairs_2C.shape[1]:
+                found = _append(pairs_2C, found, row + i, n)
+                if found == FULL:
                     return FULL
-                pairs_2C[0, found], pairs_2C[1, found] = row + i, n
-                found += 1
             i = _next(high_m, factor_B[n], limit_m, i + 1)
     return found
 
@@ -131,12 +130,19 @@ def survivors_by_one(products_Tbm, images, given, codes_M, codes_B, bounds, row,
                 s = _correlation(_code_product(codes_M[other][row + i], codes_B[other][n]), bounds, other, row + i, n)
                 high += weights_S[j] * _largest_product(r, s)
             if high * factor_B[n] >= limit_m[i]:
-                if found == pairs_2C.shape[1]:
+                found = _append(pairs_2C, found, row + i, n)
+                if found == FULL:
                     return FULL
-                pairs_2C[0, found], pairs_2C[1, found] = row + i, n
-                found += 1
             i = _next(high_m, factor_B[n], limit_m, i + 1)
     return found
+
+
+@_compiled
+def _append(pairs_2C, found, m, n):
+    if found == pairs_2C.shape[1]:
+        return FULL
+    pairs_2C[0, found], pairs_2C[1, found] = m, n
+    return found + 1
 
 
 @_compiled

@@ -93,7 +93,7 @@ def round_to(kernel: Kernel, precision: Precision, part: Descriptors) -> Rounded
 
 
 def _upper(length_N: Tensor) -> Tensor:
-    return length_N * 1.0001 + 1e-6  # computed in float32, it is itself rounded
+    return length_N * float(loops.SLACK) + float(loops.LEAST)  # computed in float32, it is itself rounded
 
 
 def _round_to_int8(kernel: Kernel, part: Descriptors) -> Rounded:
