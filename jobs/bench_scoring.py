@@ -3,6 +3,7 @@
     python jobs/bench_scoring.py --pool 1000000 --centers 2000 --dim 768 --top 32
     python jobs/bench_scoring.py --curve 10000,30000,100000,300000,1000000 --plot cost.png
     python jobs/bench_scoring.py --centers 20000 --pool 65536 --classes 1000 --votes 3
+    python jobs/bench_scoring.py --device cuda --centers 64000 --pool 1280000
 
 figure: pairs per second of `TopK.add`, rounding of the pool included. peer: FAISS `IndexFlatIP` on as many numbers per
 vector (2 x dim: features and Fisher scores side by side; the same arithmetic, an easier kernel), top-K too; with
@@ -10,6 +11,9 @@ vector (2 x dim: features and Fisher scores side by side; the same arithmetic, a
 All three take turns, segment by segment, since a machine's speed wanders, and each figure is of all its turns together;
 peers live in a process of their own, so that the peak memory printed is the scoring's. Compiling, or loading what was
 compiled, counts. Without faiss (pip install faiss-cpu) the peer is null.
+
+On a GPU all descriptors lie in its memory from the start, and what is compiled is compiled before; the peer is the same
+in torch alone: bfloat16 products, multiplied, added and cut to the K best of each tile by torch.topk, not exact.
 """
 
 import json
@@ -30,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python jobs/â
 from raypfk.pfk import Descriptors, Kernel, TopK, Votes, scan, standardise
 
 SEGMENT = 1 << 15
+PEAK_BFLOAT16 = 989.4e12  # operations a second, dense, NVIDIA H100 SXM and H200
 PEER_ROWS = 1 << 13  # of a segment, given to the peer and to the bare products
 
 
@@ -40,13 +45,14 @@ class Data(NamedTuple):
     clusters: int
     within: float
 
-    def make(self, n: int, seed: int) -> Descriptors:
-        generator, part = torch.Generator().manual_seed(seed), torch.empty(2, n, sum(self.lengths))
-        middle = torch.randn(self.clusters or 1, 2, sum(self.lengths), generator=torch.Generator().manual_seed(1))
+    def make(self, n: int, seed: int, device: str = "cpu") -> Descriptors:
+        generator, first = (torch.Generator(device).manual_seed(x) for x in (seed, 1))
+        part = torch.empty(2, n, sum(self.lengths), device=device)
+        middle = torch.randn(self.clusters or 1, 2, sum(self.lengths), generator=first, device=device)
         for start in range(0, n, 1 << 12):  # in pieces: the peak memory is the scoring's, not that of its data
-            own = torch.randn(min(1 << 12, n - start), 2, sum(self.lengths), generator=generator)
+            own = torch.randn(min(1 << 12, n - start), 2, sum(self.lengths), generator=generator, device=device)
             if self.clusters:
-                index = torch.randint(self.clusters, (len(own),), generator=generator)
+                index = torch.randint(self.clusters, (len(own),), generator=generator, device=device)
                 own.mul_((1 - self.within) ** 0.5).add_(middle[index], alpha=self.within**0.5)
             for i in range(2):
                 part[i, start : start + len(own)] = standardise(own[:, i], self.lengths)
@@ -67,11 +73,16 @@ class Data(NamedTuple):
 @click.option("--plot", help="PNG of seconds against pool size, with --curve.")
 @click.option("--classes", default=0, help="Measure the gain of a confidence factor with so many classes, D.")
 @click.option("--votes", default=3, show_default=True, help="Classes that an image has a vote for, with --classes.")
-def main(pool, centers, dim, top, kernel, precision, threads, clusters, within, curve, plot, classes, votes):
+@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+def main(pool, centers, dim, top, kernel, precision, threads, clusters, within, curve, plot, classes, votes, device):
     torch.set_num_threads(threads)
     lengths = (dim // 3, dim - dim // 3)
     setting = Setting(Kernel(kernel, lengths), Data(lengths, clusters, within), centers, top, precision, threads)
-    if classes:
+    if device == "cuda" and kernel != "pfk":
+        raise click.UsageError(f"--device cuda: the peer is written for --kernel pfk, not {kernel}")
+    if device == "cuda":
+        result = speed_on_gpu(setting, pool)
+    elif classes:
         result = gain(setting, pool, classes, votes)
     elif curve:
         result = line(setting, [int(n) for n in curve.split(",")], plot)
@@ -178,20 +189,103 @@ def _faiss(setting: Setting, centers: Descriptors, images: Descriptors):
 
 def _products(setting: Setting, precision: str, centers: Descriptors, images: Descriptors):
     """The products that the scan needs, in tiles as it has them, and nothing else."""
-    centers = scan.round_to(setting.kernel, precision, centers)
-    images = scan.round_to(setting.kernel, precision, images)
-    dtype = torch.int32 if precision == "int8" else images.matrices[0].dtype
+    centers = scan.round_to(setting.kernel, precision, centers).codes_NP
+    images = scan.round_to(setting.kernel, precision, images).codes_NP
+    dtype = torch.int32 if precision == "int8" else images.dtype
     multiply = torch._int_mm if precision == "int8" else torch.mm
     tiles = list(torch.arange(setting.centers).split(scan.TILE_CENTERS))
     outs = {len(tile): torch.empty(scan.TILE_POOL, len(tile), dtype=dtype) for tile in tiles}
-    pairs = zip(images.matrices, centers.matrices, strict=True)
-    work = [(x.split(scan.TILE_POOL), [y[tile] for tile in tiles]) for x, y in pairs]
+    groups = scan.layout(setting.kernel, on_gpu=False).groups
+    work = [(images[:, g].split(scan.TILE_POOL), [centers[t, g].contiguous() for t in tiles]) for g in groups]
 
     def go():
         for i in range(len(tiles)):
             for b in range(PEER_ROWS // scan.TILE_POOL):
                 for x, y in work:
                     multiply(x[b], y[i].T, out=outs[len(y[i])])
+
+    return go
+
+
+def speed_on_gpu(setting: Setting, pool: int, turns: int = 3) -> dict:
+    """Medians of turns of the figure, of torch alone and of bare int8 and bfloat16 products."""
+    centers, images = setting.data.make(setting.centers, 0, "cuda"), setting.data.make(pool, 2, "cuda")
+    keys, few, counts = torch.arange(pool, device="cuda"), images.rows(slice(0, 1 << 17)), {}
+
+    def add():
+        top = TopK(setting.centers, setting.top, "cuda", precision=setting.precision)
+        top.add(setting.kernel, centers, images, keys)
+        counts.update(top.counts)
+
+    actions = {
+        "figure": (add, pool),
+        "peer": (_unfused(setting, centers, few), len(few.z)),
+        "int8": (_products_on_gpu(setting, "int8", centers, few), len(few.z)),
+        "bfloat16": (_products_on_gpu(setting, "bfloat16", centers, few), len(few.z)),
+    }
+    seconds = {name: [] for name in actions}
+    for _ in range(turns):
+        for name, (action, n) in actions.items():
+            seconds[name].append(timed_on_gpu(action) * pool / n)
+    median = {name: sorted(x)[turns // 2] for name, x in seconds.items()}
+    pairs, operations = setting.centers * pool, 4 * sum(setting.kernel.lengths)
+    used = max(scan.PRECISIONS, key=lambda p: counts.get(p, 0))
+    floor = median["int8" if used == "int8" else "bfloat16"]
+    dim, name = sum(setting.kernel.lengths), torch.cuda.get_device_name()
+    print(f"{name}: {setting.centers:,} centers x {pool:,} images x {dim}")
+    print(f"of {pairs:,} pairs: " + ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items())))
+    for name, x in seconds.items():
+        rate = pairs * operations / median[name] / 1e12
+        print(f"{name:10s} {', '.join(f'{s:.3f}' for s in x)} s: {rate:,.0f} T operations/s")
+    share = pairs * operations / median["figure"] / PEAK_BFLOAT16
+    print(f"{share:.0%} of {PEAK_BFLOAT16 / 1e12:.0f} TFLOP/s, bfloat16 by the data sheet of an H100 or H200")
+    return {
+        "name": "scoring-gpu", "figure": round(pairs / median["figure"]), "unit": "pairs/s",
+        "peer": round(pairs / median["peer"]), "floor": round(pairs / floor),
+        "vs_peer": round(median["peer"] / median["figure"], 3), "of_floor": round(floor / median["figure"], 3),
+        "precision": used, "seconds": round(median["figure"], 4), "share_of_bfloat16_peak": round(share, 3),
+        "peak_mib": torch.cuda.max_memory_allocated() >> 20,
+    }  # fmt: skip
+
+
+def timed_on_gpu(action) -> float:
+    action()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _unfused(setting: Setting, centers: Descriptors, images: Descriptors):
+    """What one writes in torch: tiles of scores in memory, the K best of each, and of those the K best."""
+    kernel, low = setting.kernel, [part.to(torch.bfloat16) for part in (centers, images)]
+    weighted = [low[0].g[:, span] * w for span, w in zip(kernel.spans, kernel.weights, strict=True)]
+
+    def go():
+        best = []
+        for start in range(0, len(low[1].z), 1 << 13):
+            tile, scores = low[1].rows(slice(start, start + (1 << 13))), None
+            for span, wg in zip(kernel.spans, weighted, strict=True):
+                term = (low[0].z[:, span] @ tile.z[:, span].T).mul_(wg @ tile.g[:, span].T)
+                scores = term if scores is None else scores.add_(term)
+            values, index = scores.topk(setting.top, dim=1)
+            best.append((values, index + start))
+        values, index = (torch.cat(x, dim=1) for x in zip(*best, strict=True))
+        values, place = values.topk(setting.top, dim=1)
+        return values, index.gather(1, place)
+
+    return go
+
+
+def _products_on_gpu(setting: Setting, precision: str, centers: Descriptors, images: Descriptors):
+    """All products, in tiles, by the vendor's library."""
+    codes = [scan.round_to(setting.kernel, precision, part).codes_NP for part in (centers, images)]
+    multiply = torch._int_mm if precision == "int8" else torch.mm
+
+    def go():
+        for start in range(0, len(codes[1]), 1 << 13):
+            multiply(codes[0], codes[1][start : start + (1 << 13)].T)
 
     return go
 

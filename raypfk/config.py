@@ -153,9 +153,11 @@ class ResourcesConfig(Section):
     extract_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; null: 1 where the cluster has any, else 0."""
     score_actors: Positive | None = None
-    """null: one per CPU core."""
+    """null: one per GPU, or one per CPU core where there is no GPU."""
+    score_gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs per actor; null: 1 where the cluster has any, else 0."""
     score_threads: Positive = 1
-    """Threads, and CPUs asked for, of one scoring actor."""
+    """Threads, and CPUs asked for, of one scoring actor; with a GPU they read ahead."""
 
 
 class Config(Section):

@@ -100,6 +100,11 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def gpus_per_actor(wanted: float | None) -> float:
+    """As configured; where nothing is, one if the cluster has any."""
+    return wanted if wanted is not None else min(1, gpus())
+
+
 def cpus() -> int:
     """CPUs of the cluster; of a local Ray the cores that are there, not the logical ones."""
     logical = int(ray.cluster_resources().get("CPU", 1))

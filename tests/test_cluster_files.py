@@ -214,5 +214,5 @@ def test_the_clusters_can_place_what_imagenet_asks_for(name, request, imagenet):
     assert r.extract_actors * r.extract_gpus <= gpus
     for section in (imagenet.pretrain, imagenet.train):
         assert 0 < section.workers * section.gpus_per_worker <= gpus
-    assert r.score_actors * r.score_threads <= cpus
+    assert r.score_actors * r.score_threads <= cpus and r.score_actors * r.score_gpus <= gpus
     assert r.score_threads <= max(cpu for _, cpu, _ in sizes)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypfk.pfk import loops
+from raypfk.pfk import fused, loops
 from raypfk.pfk.descriptors import check_lengths
 from raypfk.pfk.loops import MAX_LENGTH
 
@@ -94,14 +94,6 @@ class Kernel:
         scales = list(zip(self.spans, self.weights, strict=True))
         return [(span, w) for span, w in scales if w] or scales[:1]
 
-    def vectors(self, part: Descriptors) -> list[tuple[Tensor, slice]]:
-        """Of each scale that counts the features and, but for `pcc`, the Fisher scores: (N, L), and which columns."""
-        return [(x, span) for span, _ in self.used_scales for x in (part if self.name != "pcc" else part[:1])]
-
-    def matrices(self, part: Descriptors) -> tuple[Tensor, ...]:
-        """The `vectors` as views (N, L_j)."""
-        return tuple(x[:, span] for x, span in self.vectors(part))
-
     def scale_lengths(self, part: Descriptors) -> Tensor:
         """(T, N) float32 the length of each vector in every scale, whatever its weight; NaN where it holds one."""
         return torch.cat([scale_lengths(x, self.spans) for x in (part if self.name != "pcc" else part[:1])])
@@ -175,7 +167,8 @@ class Kernel:
 
     def _pair_scores(self, centers: Descriptors, pool: Descriptors, rows: Tensor, cols: Tensor) -> Tensor:
         """Scores (Q,) float64 of distinct pairs, summed in any order."""
-        sampled = _sampled_on_cpu if rows.device.type == "cpu" else _sampled
+        on_cpu, fast = rows.device.type == "cpu", fused.available(rows.device)
+        sampled = _sampled_on_cpu if on_cpu else fused.pair_products if fast else _sampled
         rz_SQ = sampled(centers.z, pool.z, self.spans, rows, cols)
         if self.name != "pcc":
             rg_SQ = sampled(centers.g, pool.g, self.spans, rows, cols)
@@ -206,7 +199,7 @@ class Kernel:
         round the inputs of matrix products (to TF32, or to bfloat16), the bound is wide enough for that.
         Raises ValueError where the descriptors are too long for float32 to say anything.
         """
-        inputs = 4 * 2.0**-8 * 1.05 if _products_may_round_inputs() else 0.0
+        inputs = 4 * 2.0**-8 * 1.05 if products_may_round_inputs() else 0.0
         return self._bound(2.0**-24, inputs)
 
     def _bound(self, unit: float, inputs: float = 0.0) -> float:
@@ -219,7 +212,8 @@ class Kernel:
         return size * (nu / (1 - nu) + inputs * (1 + nu / (1 - nu))) + terms[self.name] * 2.0**-120
 
 
-def _products_may_round_inputs() -> bool:
+def products_may_round_inputs() -> bool:
+    """Whether torch may multiply float32 matrices in TF32 or bfloat16."""
     settings = (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
     return any(setting not in ("none", "ieee") for setting in settings)
 

@@ -4,8 +4,8 @@ Beside int8 matrix products, every further pass over their results costs as much
 Each function here does what a few lines of torch say elsewhere, named in its docstring; the tests hold them together.
 Loops run over contiguous slices, and sums may be reordered: both let the compiler use vector instructions.
 
-Shapes: T matrices (of each scale the features and, but for `pcc`, the Fisher scores), l = L_j numbers of one, M
-centers, B pool images, Q pairs, S terms; m and b as many of them as a tile holds.
+Shapes: N descriptors, each a row of P codes in G groups, made of T vectors (scan.Layout); M centers, B pool images, Q
+pairs, S scales; m and b as many of them as a tile holds.
 """
 
 import numpy as np
@@ -15,10 +15,8 @@ MAX_LENGTH = 1.001  # of a standardised scale, also where it was stored as float
 FAST = {"reassoc", "contract", "arcp", "nsz"}  # sums in any order; NaN and infinity stay what they are
 ONE, HALF, OFFSET = np.float32(1), np.float32(128.5), np.int32(128)
 FULL, TOO_MANY = -1, -2
-ONE_AT_MOST = np.float32(MAX_LENGTH**2)
-SMALLEST_STEP = np.float32(1e-12)  # so that nothing in units of two of them overflows
+BOTH = 2
 LARGEST, SIGN_OFF = np.float32(127), np.int32(0x7FFFFFFF)
-SLACK, LEAST = np.float32(1.0001), np.float32(1e-6)  # of an error that is itself computed in float32
 
 
 def _compiled(function):
@@ -44,14 +42,33 @@ def _square(x_l):
 
 
 @_compiled
-def round_to_int8(x_NL, start, codes_Nl, steps_N, errors_N, lengths_N):
-    """Codes, step, error bound and length of one scale of each vector, as `scan._round_rows`."""
-    bits_NL, stop, largest = x_NL.view(np.int32), start + codes_Nl.shape[1], np.empty(1, np.int32)
-    for n in range(len(codes_Nl)):
-        x_l = x_NL[n, start:stop]
-        lengths_N[n], largest[0] = np.sqrt(_square(x_l)), _largest(bits_NL[n, start:stop])
-        step = max(largest.view(np.float32)[0] / LARGEST, SMALLEST_STEP)
-        steps_N[n], errors_N[n] = step, SLACK * np.sqrt(_round_row(x_l, codes_Nl[n], step)) + LEAST
+def round_to_int8(z_NL, g_NL, places_T4, factors_T, least, codes_NP, steps_N, errors_TN, lengths_TN):
+    """Codes, step and errors of each descriptor, as `scan._round_rows`, and the lengths of its vectors.
+
+    places_T4: of each vector whether it is of g, where it starts and stops, and its column among the codes.
+    """
+    bits, largest = (z_NL.view(np.int32), g_NL.view(np.int32)), np.empty(1, np.int32)
+    row_P = np.empty(codes_NP.shape[1], np.float32)
+    for n in range(len(codes_NP)):
+        most = np.float32(0)
+        for t in range(len(places_T4)):
+            which, start, stop, column = places_T4[t]
+            x_l = g_NL[n, start:stop] if which else z_NL[n, start:stop]
+            bits_l = bits[1][n, start:stop] if which else bits[0][n, start:stop]
+            lengths_TN[t, n], largest[0] = np.sqrt(_square(x_l)), _largest(bits_l)
+            most = max(most, largest.view(np.float32)[0] * factors_T[t])
+            _scaled(x_l, factors_T[t], row_P[column : column + stop - start])
+        step = max(most / LARGEST, least)
+        steps_N[n] = step
+        for t in range(len(places_T4)):
+            columns = slice(places_T4[t, 3], places_T4[t, 3] + places_T4[t, 2] - places_T4[t, 1])
+            errors_TN[t, n] = np.sqrt(_round_row(row_P[columns], codes_NP[n, columns], step))
+
+
+@_compiled
+def _scaled(x_l, factor, out_l):
+    for i in range(len(x_l)):
+        out_l[i] = x_l[i] * factor
 
 
 @_compiled
@@ -75,66 +92,70 @@ def _round_row(x_l, codes_l, step):
 
 
 @_compiled
-def survivors(products_Tbm, images, paired, bounds, row, col, pairs_2C, found):
-    """Appends the pairs of a tile whose bound reaches the limit, as `scan._upper_bounds` has it; returns their number.
+def survivors(products_bm, images, bounds, row, col, pairs_2C, found):
+    """Appends the pairs of a tile that are not out (scan.Bounds), as `scan._hits` has it; returns their number.
 
-    products_Tbm: int32 or float32, of which `images` rows count; row, col: the tile's first center and image;
-    pairs_2C: int32, `found` of them taken. Returns `FULL` when they do not fit.
+    products_bm: int32 or float32, of which `images` rows count; row, col: the tile's first center and image; pairs_2C:
+    int32, `found` of them taken. Returns `FULL` when they do not fit.
     """
-    weights_S, factor_B, limit_m = bounds[0], bounds[5], bounds[6][row : row + products_Tbm.shape[2]]
-    high_m = np.empty_like(limit_m)
+    above_m = np.empty(products_bm.shape[1], np.float32)
     for b in range(images):
-        n = col + b
-        high_m[:] = 0
-        for j in range(len(weights_S)):
-            if paired:
-                z = _correlations(products_Tbm, bounds, row, b, n, 2 * j)
-                g = _correlations(products_Tbm, bounds, row, b, n, 2 * j + 1)
-                _add_product(high_m, weights_S[j], z, g)
-            else:
-                _add_correlation(high_m, weights_S[j], _correlations(products_Tbm, bounds, row, b, n, j))
-        i = _next(high_m, factor_B[n], limit_m, 0)
-        while i < len(high_m):
-            high = _product_bound(products_Tbm, bounds, row, b, n, i) if paired else high_m[i]
-            if high * factor_B[n] >= limit_m[i]:
-                found = _append(pairs_2C, found, row + i, n)
-                if found == FULL:
-                    return FULL
-            i = _next(high_m, factor_B[n], limit_m, i + 1)
+        for i in range(len(above_m)):
+            above_m[i] = np.float32(products_bm[b, i])
+        i = _next(above_m, _less_edge(above_m, bounds, row, col + b, False), 0)
+        while i < len(above_m):
+            found = _append(pairs_2C, found, row + i, col + b)
+            if found == FULL:
+                return FULL
+            i = _next(above_m, 1, i + 1)
     return found
 
 
 @_compiled
-def survivors_by_one(products_Tbm, images, given, codes_M, codes_B, bounds, row, col, pairs_2C, found, most):
-    """As `survivors` for `pfk`, where of each scale only one product, z or g (`given` 0 or 1), is in products_Tbm.
+def survivors_of_squares(
+    products_Gbm, images, given, roots_G, bounds, parts, columns_G2, codes_MP, codes_BP, row, col, pairs_2C, found, most
+):
+    """As `survivors` for `pfk`: of each scale the product of z (`given` 0), of g (1) or of `BOTH` together is given.
 
-    The other correlation is at most 1; for the pairs that could be in by that, it is computed here, from codes (N, l).
-    Returns `TOO_MANY` where these are more than `most`.
+    Pairs that are not out by that are looked at again, as `scan.Parts` says: the product that is not given, or that of
+    z, is computed from the codes in columns_G2. Returns `TOO_MANY` where these are more than `most`. Where columns_G2
+    is empty, as of codes that are not int8, they are not looked at again.
     """
-    weights_S, factor_B, limit_m = bounds[0], bounds[5], bounds[6][row : row + products_Tbm.shape[2]]
-    high_m = np.empty_like(limit_m)
+    above_m = np.empty(products_Gbm.shape[2], np.float32)
     for b in range(images):
         n = col + b
-        high_m[:] = 0
-        for j in range(len(weights_S)):
-            _add_size(high_m, weights_S[j], _correlations(products_Tbm, bounds, row, b, n, 2 * j + given))
-        i = _next(high_m, factor_B[n], limit_m, 0)
-        while i < len(high_m):
+        if given == BOTH:
+            _sum_of_squares(products_Gbm, b, above_m)
+        else:
+            _sum_of_sizes(products_Gbm, roots_G, b, above_m)
+        i = _next(above_m, _less_edge(above_m, bounds, row, n, given == BOTH), 0)
+        while i < len(above_m):
             most -= 1
             if most < 0:
                 return TOO_MANY
-            high = np.float32(0)
-            for j in range(len(weights_S)):
-                t, other = 2 * j + given, 2 * j + 1 - given
-                r = _correlation(products_Tbm[t, b, i], bounds, t, row + i, n)
-                s = _correlation(_code_product(codes_M[other][row + i], codes_B[other][n]), bounds, other, row + i, n)
-                high += weights_S[j] * _largest_product(r, s)
-            if high * factor_B[n] >= limit_m[i]:
+            given_G = products_Gbm[:, b, i]
+            if not len(columns_G2) or _reaches(given_G, given, parts, columns_G2, codes_MP, codes_BP, row + i, n):
                 found = _append(pairs_2C, found, row + i, n)
                 if found == FULL:
                     return FULL
-            i = _next(high_m, factor_B[n], limit_m, i + 1)
+            i = _next(above_m, 1, i + 1)
     return found
+
+
+@_compiled
+def _reaches(given_G, given, parts, columns_G2, codes_MP, codes_BP, m, n):
+    lengths_T, reached_T, errors_TM, errors_TB, steps_M, steps_B, factor_B, limit_M = parts
+    unit, high = steps_M[m] * steps_B[n], np.float32(0)
+    for j in range(len(given_G)):
+        columns = slice(columns_G2[j, 0], columns_G2[j, 1])
+        one = _code_product(codes_MP[m, columns], codes_BP[n, columns])
+        other = given_G[j] - one if given == BOTH else given_G[j]
+        r, s, t = np.float32(one) * unit, np.float32(other) * unit, 2 * j + (1 if given == 0 else 0)
+        u = 4 * j + 1 - t  # `one` is vector t, `other` vector u
+        a = errors_TM[t, m] * lengths_T[t] + errors_TB[t, n] * reached_T[t]
+        b = errors_TM[u, m] * lengths_T[u] + errors_TB[u, n] * reached_T[u]
+        high += r * s + abs(s) * a + (abs(r) + a) * b
+    return not (high * factor_B[n] < limit_M[m])
 
 
 @_compiled
@@ -146,74 +167,55 @@ def _append(pairs_2C, found, m, n):
 
 
 @_compiled
-def _correlations(products_Tbm, bounds, row, b, n, t):
-    # Of an image and a tile's centers: products (m,), the centers' steps and errors (m,), the image's step and error.
-    _, steps_TM, errors_TM, pool_steps_TB, pool_errors_TB = bounds[:5]
-    r_m, some = products_Tbm[t, b], slice(row, row + products_Tbm.shape[2])
-    return r_m, steps_TM[t, some], errors_TM[t, some], pool_steps_TB[t, n], pool_errors_TB[t, n]
+def _sum_of_squares(products_Gbm, b, out_m):
+    first_m = products_Gbm[0, b]
+    for i in range(len(out_m)):
+        r = np.float32(first_m[i])
+        out_m[i] = r * r
+    for j in range(1, len(products_Gbm)):
+        r_m = products_Gbm[j, b]
+        for i in range(len(out_m)):
+            r = np.float32(r_m[i])
+            out_m[i] += r * r
 
 
 @_compiled
-def _add_product(high_m, weight, z, g):
-    # weight (|r| + a) (|s| + e), the signs of r and s taken for equal: half the operations of `_product_bound`.
-    # Products, and errors, are in units of the image's steps u and v.
-    (z_m, u_m, a_m, u, a), (g_m, v_m, e_m, v, e) = z, g
-    weight, a, e, per_u, per_v = weight * u * v, a / u, e / v, ONE / u, ONE / v
-    for i in range(len(high_m)):
-        r = abs(np.float32(z_m[i])) * u_m[i] + (a_m[i] * per_u + a)
-        s = abs(np.float32(g_m[i])) * v_m[i] + (e_m[i] * per_v + e)
-        high_m[i] += weight * r * s
+def _sum_of_sizes(products_Gbm, roots_G, b, out_m):
+    out_m[:] = 0
+    for j in range(len(roots_G)):
+        r_m, root = products_Gbm[j, b], roots_G[j]
+        for i in range(len(out_m)):
+            out_m[i] += root * abs(np.float32(r_m[i]))
 
 
 @_compiled
-def _add_correlation(high_m, weight, r):
-    r_m, u_m, a_m, u, a = r
-    for i in range(len(high_m)):
-        high_m[i] += weight * (np.float32(r_m[i]) * u_m[i] * u + (a_m[i] + a))
+def _numbers(r_m, out_m):
+    for i in range(len(out_m)):
+        out_m[i] = np.float32(r_m[i])
 
 
 @_compiled
-def _add_size(high_m, weight, r):
-    r_m, u_m, a_m, u, a = r
-    weight *= ONE_AT_MOST
-    for i in range(len(high_m)):
-        high_m[i] += weight * (abs(np.float32(r_m[i])) * u_m[i] * u + (a_m[i] + a))
+def _less_edge(above_m, bounds, row, n, squared):
+    # Subtracts alpha_m unit_n - beta_m shift_n, or its square with its sign; the number that are not below 0 then.
+    alpha_m, beta_m = bounds[0][row : row + len(above_m)], bounds[1][row : row + len(above_m)]
+    unit, shift, count = bounds[2][n], bounds[3][n], np.int32(0)
+    for i in range(len(above_m)):
+        edge = alpha_m[i] * unit - beta_m[i] * shift
+        above_m[i] -= edge * abs(edge) if squared else edge
+        count += np.int32(not (above_m[i] < 0))
+    return count
 
 
 @_compiled
-def _next(high_m, factor, limit_m, i):
-    # The first, from i on, that reaches its limit, or m. Two passes with vector instructions beat one without.
-    high_k, limit_k, count = high_m[i:], limit_m[i:], np.int32(0)
-    for k in range(len(high_k)):
-        count += np.int32(high_k[k] * factor >= limit_k[k])
-    first = np.int32(len(high_k))
-    if count:
-        for k in range(len(high_k)):
-            first = min(first, np.int32(k) if high_k[k] * factor >= limit_k[k] else np.int32(len(high_k)))
+def _next(above_m, count, i):
+    # The first, from i on, that is not below 0, or m. Passes with vector instructions beat one without.
+    if not count:
+        return len(above_m)
+    above_k = above_m[i:]
+    first = np.int32(len(above_k))
+    for k in range(len(above_k)):
+        first = min(first, np.int32(k) if not (above_k[k] < 0) else np.int32(len(above_k)))
     return i + first
-
-
-@_compiled
-def _product_bound(products_Tbm, bounds, row, b, n, i):
-    weights_S, high = bounds[0], np.float32(0)
-    for j in range(len(weights_S)):
-        r = _correlation(products_Tbm[2 * j, b, i], bounds, 2 * j, row + i, n)
-        s = _correlation(products_Tbm[2 * j + 1, b, i], bounds, 2 * j + 1, row + i, n)
-        high += weights_S[j] * _largest_product(r, s)
-    return high
-
-
-@_compiled
-def _correlation(product, bounds, t, m, n):
-    # Of one pair, and how far it may be off.
-    _, steps_TM, errors_TM, pool_steps_TB, pool_errors_TB = bounds[:5]
-    return np.float32(product) * steps_TM[t, m] * pool_steps_TB[t, n], errors_TM[t, m] + pool_errors_TB[t, n]
-
-
-@_compiled
-def _largest_product(first, second):
-    (r, a), (s, e) = first, second
-    return r * s + abs(s) * a + (abs(r) + a) * e
 
 
 @_compiled

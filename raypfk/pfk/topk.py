@@ -16,15 +16,31 @@ from torch import Tensor
 from raypfk.pfk import scan
 from raypfk.pfk.kernel import Descriptors, Kernel, check_standardised
 
-BLOCK = {"cpu": 1 << 14, "cuda": 1 << 16}  # images scanned against the same floors, at most
-GROWTH = 8  # and at most one of so many seen before: floors rise fast at first
-CENTERS = {"cpu": 4096, "cuda": 1 << 16}  # and centers
 HEAD = 4096  # images whose scores give an empty state its first floors
-HEAD_NUMBERS = 1 << 23  # scores of them at once
 SMALL = 1 << 22  # pairs for which low precision is not worth its preparation
 BUDGET = {"int8": 1 / 16, "bfloat16": 1 / 16, "float32": 1 / 8}  # of a block's pairs that may be left to rescore
-MOST = 1 << 24  # pairs left to rescore at once
-ENTRIES = 1 << 19  # candidates rescored and merged at once: bounds memory when nearly all scores tie
+
+
+class Sizes(NamedTuple):
+    """How much is done at once: on a CPU what stays in its cache, on a GPU what keeps it busy."""
+
+    block: int
+    """Images scanned against the same floors, at most."""
+    growth: int
+    """And at most one of so many seen before: floors rise fast at first."""
+    centers: int
+    head: int
+    """Scores of the first images."""
+    most: int
+    """Pairs left to rescore."""
+    entries: int
+    """Candidates rescored and merged: bounds memory when nearly all scores tie."""
+
+
+SIZES = {
+    "cpu": Sizes(1 << 14, 8, 4096, 1 << 23, 1 << 24, 1 << 19),
+    "cuda": Sizes(1 << 18, 1, 1 << 16, 1 << 27, 1 << 27, 1 << 23),
+}
 
 
 class Votes(NamedTuple):
@@ -69,7 +85,7 @@ class TopK:
         self._least_M = self._scores_MK[:, 0].clone() if floor_M is None else floor_M.to(self._scores_MK)
         self._precision, self._seen, self._wary = precision, 0, 0
         if floor_M is not None and (floor_M > -torch.inf).all():
-            self._seen = GROWTH * max(BLOCK.values())  # whoever sent floors has seen many
+            self._seen = self._sizes.growth * self._sizes.block  # whoever sent floors has seen many
         self.counts: Counter[str] = Counter()
 
     @classmethod
@@ -82,6 +98,10 @@ class TopK:
         top = cls(*scores_MK.shape, device=scores_MK.device)
         top._scores_MK, top._keys_MK = _best(scores_MK, keys_MK, scores_MK.shape[1])
         return top
+
+    @property
+    def _sizes(self) -> Sizes:
+        return SIZES[self._scores_MK.device.type]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores (M, K) float32, padded with -inf, and keys (M, K) int64, padded with -1, best first."""
@@ -182,10 +202,10 @@ class TopK:
             cold = bool((self._floor(part.rows) == -torch.inf).any())
             size = max(HEAD, 2 * self._keys_MK.shape[1])
             if not cold:
-                size = min(BLOCK[part.keys.device.type], max(size, (self._seen + start) // GROWTH))
+                size = min(self._sizes.block, max(size, (self._seen + start) // self._sizes.growth))
             block = part.images(slice(start, start + size))
             if cold:
-                few = max(1, HEAD_NUMBERS // size)
+                few = max(1, self._sizes.head // size)
                 for first in range(0, len(part.rows), few):
                     self._add_head(block.centers_of(slice(first, first + few)))
             else:
@@ -214,7 +234,7 @@ class TopK:
             self._settle(part, *hit_RB.nonzero(as_tuple=True))
 
     def _add_block(self, part: "_Part", seen: int) -> None:
-        step = CENTERS[part.rows.device.type]
+        step = self._sizes.centers
         for first in range(0, len(part.rows), step):
             some = part.centers_of(slice(first, first + step))
             found = None
@@ -223,7 +243,7 @@ class TopK:
                 if found is None:
                     self._wary = 2 * (seen + len(part.keys))  # floors will hardly be higher before that
             if found is None:
-                found = self._scan(some.in_float32())
+                found = self._scan(some.rounded_to(scan.fallback(some.rows.device)))
             if found is None:
                 self._settle_all(some)
             else:
@@ -232,7 +252,7 @@ class TopK:
     def _scan(self, part: "_Part") -> scan.Pairs | None:
         """The pairs that a scan leaves to rescore; None where they are too many to be worth it."""
         pairs, precision = len(part.rows) * len(part.keys), part.low_pool.precision
-        capacity = min(MOST, int(BUDGET[precision] * pairs))
+        capacity = min(self._sizes.most, int(BUDGET[precision] * pairs))
         lows, floor_R = (part.low_centers, part.low_pool), self._floor(part.rows)
         found = scan.survivors(part.kernel, *lows, floor_R, part.factor32, capacity)
         self.counts["overflows" if found is None else precision] += 1 if found is None else pairs
@@ -240,7 +260,7 @@ class TopK:
 
     def _settle_all(self, part: "_Part") -> None:
         """Scores all pairs exactly, and merges them."""
-        few = max(1, ENTRIES // max(1, len(part.keys)))
+        few = max(1, self._sizes.entries // max(1, len(part.keys)))
         for first in range(0, len(part.rows), few):
             self._settle_dense(part.centers_of(slice(first, first + few)))
 
@@ -255,7 +275,7 @@ class TopK:
 
     def _settle(self, part: "_Part", rows: Tensor, cols: Tensor) -> None:
         """Scores pairs (E,) exactly, and offers them."""
-        for r, c in zip(rows.split(ENTRIES), cols.split(ENTRIES), strict=True):
+        for r, c in zip(rows.split(self._sizes.entries), cols.split(self._sizes.entries), strict=True):
             self.counts["rescored"] += len(r)
             factor = None if part.factor is None else part.factor[c]
             scores = part.kernel.exact_pairs(part.centers, part.pool, r, c, factor)
@@ -307,8 +327,8 @@ class _Part:
         low = self.low_centers and self.low_centers.rows(index)
         return replace(self, rows=self.rows[index], centers=self.centers.rows(index), low_centers=low)
 
-    def in_float32(self) -> "_Part":
-        centers, pool = (scan.round_to(self.kernel, "float32", part) for part in (self.centers, self.pool))
+    def rounded_to(self, precision: scan.Precision) -> "_Part":
+        centers, pool = (scan.round_to(self.kernel, precision, part) for part in (self.centers, self.pool))
         return replace(self, low_centers=centers, low_pool=pool)
 
 
@@ -321,8 +341,9 @@ def _lengths(kernel: Kernel, part: Descriptors, rounded: scan.Rounded | None) ->
 def _ranked(rows: Tensor, scores: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Entries (E,) by row, then score descending, then key."""
     order = keys.argsort()
-    order = order[scores[order].argsort(descending=True, stable=True)]
-    order = order[rows[order].argsort(stable=True)]
+    bits = (scores[order] + 0.0).view(torch.int32)  # without -0: of floats, but for the sign, the bits have the order
+    down = torch.where(bits < 0, bits & 0x7FFFFFFF, -bits).long()
+    order = order[((rows[order] << 33) + down).argsort(stable=True)]
     return rows[order], scores[order], keys[order]
 
 

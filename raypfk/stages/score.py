@@ -30,8 +30,8 @@ _SHARD_BITS = 32
 """A pool image's key: shard number, then row. Shards are in the order of image_id, and so are the keys."""
 _READERS = 16
 _CALLS = 2  # of an actor at once: the shards of one are read while the other's are scored
-_AHEAD = 4  # shards of a call that are read before it needs them
-_SEGMENT = 1 << 12  # images scored at once, at least: shards smaller than that are copied together, to fill tiles
+_AHEAD = 4  # shards of a call that are read, by each thread that reads, before it needs them
+_SEGMENT = {"cpu": 1 << 12, "cuda": 1 << 16}  # images scored at once, at least: smaller shards are copied together
 _FIRST = 1 << 14  # images whose scores set the first floors
 _CHUNKS = 8  # per actor: enough that the last ones end together
 _FAN_IN = 8  # parts that one merge takes
@@ -72,11 +72,14 @@ class Scorer:
     A lost actor's call can be done by another: all that a call leaves behind is how high floors are known to be.
     """
 
-    def __init__(self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int):
+    def __init__(
+        self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int, gpu: bool = False
+    ):
         self.run, self.kernel, self.origin = run, kernel, origin
         self.shards = run.pool.shards("pool")
-        self.centers = Descriptors(_shared(z), _shared(g))
-        self.threads, self.turn = threads, threading.Lock()
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.centers = Descriptors(_shared(z), _shared(g)).to(self.device)
+        self.threads, self.readers, self.turn = threads, threads if gpu else 1, threading.Lock()
         self.known, self.best = None, None
 
     def ready(self) -> None:
@@ -90,26 +93,27 @@ class Scorer:
         Returns (scores (M, k) float32, keys (M, k) int64), and facts: images, shards, when it began, the K-th best
         scores as `floor` (M,), and the `counts` of `TopK`.
         """
-        with ThreadPoolExecutor(1) as reader:  # reads while an earlier call is scoring, and then while this one is
-            ahead = deque(reader.submit(self._read, shard) for shard in shards[:_AHEAD])
+        with ThreadPoolExecutor(self.readers) as reader:  # reads while an earlier call is scoring, then in this one
+            some = _AHEAD * self.readers
+            ahead = deque(reader.submit(self._read, shard) for shard in shards[:some])
             with self.turn:
-                return self._score(self._arriving(reader, ahead, shards[_AHEAD:]), len(shards), k, rows, floor_M)
+                return self._score(self._arriving(reader, ahead, shards[some:]), len(shards), k, rows, floor_M)
 
     def _score(self, arriving, num_shards: int, k: int, rows: slice, floor_M: np.ndarray | None) -> tuple[tuple, dict]:
         began, images, centers = time.time(), 0, self.centers.rows(rows)
         torch.set_num_threads(self.threads)  # each of an actor's threads has its own number
         if self.known != (k, rows):
-            self.known, self.best = (k, rows), TopK(len(centers.z), k)
+            self.known, self.best = (k, rows), TopK(len(centers.z), k, self.device)
         floor = self.best.floor()
         if floor_M is not None:
-            floor = torch.maximum(floor, torch.from_numpy(floor_M.copy()))
-        top = TopK(len(centers.z), k, floor_M=floor)
-        for pool, keys in _segments(arriving):
-            top.add(self.kernel, centers, pool, keys)
+            floor = torch.maximum(floor, torch.from_numpy(floor_M.copy()).to(self.device))
+        top = TopK(len(centers.z), k, self.device, floor)
+        for pool, keys in _segments(arriving, _SEGMENT[self.device.type]):
+            top.add(self.kernel, centers, pool.to(self.device), keys.to(self.device))
             images += len(keys)
         self.best.merge(top)
         return _arrays(top), {
-            "images": images, "shards": num_shards, "began": began, "floor": self.best.floor().numpy(),
+            "images": images, "shards": num_shards, "began": began, "floor": self.best.floor().cpu().numpy(),
             "counts": dict(top.counts),
         }  # fmt: skip
 
@@ -138,7 +142,7 @@ class Scorer:
 
 def _arrays(top: TopK) -> tuple[np.ndarray, np.ndarray]:
     scores, keys = top.result()
-    return scores.numpy(), keys.numpy()
+    return scores.cpu().numpy(), keys.cpu().numpy()
 
 
 def _shared(array: np.ndarray) -> torch.Tensor:
@@ -148,13 +152,13 @@ def _shared(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _segments(arriving: Iterator[Images]) -> Iterator[Images]:
+def _segments(arriving: Iterator[Images], least: int) -> Iterator[Images]:
     """Shards, small ones several at a time."""
     held, count = [], 0
     for images in arriving:
         held.append(images)
         count += len(images[1])
-        if count >= _SEGMENT:
+        if count >= least:
             yield _joined(held)
             held, count = [], 0
     if held:
@@ -213,12 +217,13 @@ class Scoring:
         self.counts, self.began = Counter(), []
 
     def __enter__(self) -> "Scoring":
-        threads = self.run.config.resources.score_threads
-        count = self.run.config.resources.score_actors or max(1, session.cpus() // threads)
-        count = min(len(self.paths), count)
-        session.require("scoring", CPU=count * threads)
+        resources = self.run.config.resources
+        threads, gpus = resources.score_threads, session.gpus_per_actor(resources.score_gpus)
+        count = resources.score_actors or (int(session.gpus() / gpus) if gpus else session.cpus() // threads)
+        count = min(len(self.paths), max(1, count))
+        session.require("scoring", CPU=count * threads, GPU=count * gpus)
         z, g = (ray.put(x.numpy()) for x in self.centers)
-        arguments = (self.run, self.run.stored_kernel(), self.origin, z, g, threads)
+        arguments = (self.run, self.run.stored_kernel(), self.origin, z, g, threads, gpus)
         self.actors = [start(*arguments) for _ in range(count)]
         return self
 
@@ -245,11 +250,11 @@ class Scoring:
         return {"images": self.counts["images"], "pairs": pairs, "startup_seconds": startup}
 
 
-def start(run: Run, kernel: Kernel, origin: Origin, z: ray.ObjectRef, g: ray.ObjectRef, threads: int):
+def start(run: Run, kernel: Kernel, origin: Origin, z: ray.ObjectRef, g: ray.ObjectRef, threads: int, gpus: float = 0):
     """A scoring actor."""
     actor = ray.remote(Scorer)
     options = {"num_cpus": threads, "max_concurrency": _CALLS, "max_restarts": 4, "max_task_retries": 4}
-    return actor.options(**options).remote(run, kernel, origin, z, g, threads)
+    return actor.options(num_gpus=gpus or None, **options).remote(run, kernel, origin, z, g, threads, gpus > 0)
 
 
 def through(

@@ -104,7 +104,7 @@ class NetworkSpec:
 def network_of(run: Run, round: int) -> NetworkSpec:
     """The network that round `round` ended with. UserError if its checkpoint is another run's or network's."""
     data, origin = checkpoint_of(run, round), run.round(round).checkpoint
-    gpu = gpus_per_actor(run.config.resources) > 0
+    gpu = session.gpus_per_actor(run.config.resources.extract_gpus) > 0
     weights = store.sha256(data)[:16]
     return NetworkSpec(run.config.model.name, run.classes, run.image, ray.put(data), origin, gpu, weights)
 
@@ -119,10 +119,6 @@ def checkpoint_of(run: Run, round: int) -> bytes:
         if meta.get(name) != value:
             raise UserError(f"{path}: {name} is {meta.get(name)!r}, expected {value!r} of {run.uri}")
     return data
-
-
-def gpus_per_actor(resources: ResourcesConfig) -> float:
-    return resources.extract_gpus if resources.extract_gpus is not None else min(1, session.gpus())
 
 
 def normalise(image_NCHW: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
@@ -166,7 +162,7 @@ def through_actors(
     """
     if not shards:
         return
-    gpus = gpus_per_actor(resources)
+    gpus = session.gpus_per_actor(resources.extract_gpus)
     wanted = resources.extract_actors or (int(session.gpus() / gpus) if gpus else session.cpus())
     count = max(1, min(wanted, len(shards)))
     session.require("one actor of extraction", GPU=gpus, CPU=1)

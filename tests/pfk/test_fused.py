@@ -1,13 +1,13 @@
-"""The kernel itself runs here under Triton's interpreter, in a process of its own: what is interpreted is decided when
-triton is imported. It is compiled for a GPU as well, and run where there is one."""
+"""The kernels themselves run here under Triton's interpreter, in a process of its own: what is interpreted is decided
+when triton is imported. The scan is compiled for a GPU as well, and both are run where there is one."""
 
 import importlib.util
-import itertools
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import accumulate
 from multiprocessing import get_context
 
 import pytest
@@ -15,22 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypfk.pfk import Descriptors, Kernel, fused
+from raypfk.pfk import Descriptors, Kernel, TopK, fused, scan, standardise
 
-from .strategies import NAMES, WEIGHTS, descriptors, quick, seeds
+from .strategies import NAMES, WEIGHTS, descriptors, quick, seeds, vectors
 
-SMALL = fused.Tile(16, 16, 16)
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = fused.Tile(32, 32)
 needs_triton = pytest.mark.skipif(fused.triton is None, reason="needs triton")
+needs_gpu = pytest.mark.skipif(not fused.available("cuda"), reason="needs a Hopper GPU")
 few = settings(quick, max_examples=12)
-lengths = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
+lengths = st.lists(st.integers(1, 80), min_size=1, max_size=4).map(tuple)
 kernels = st.builds(Kernel, st.sampled_from(NAMES), lengths, st.sampled_from(WEIGHTS))
-types = st.sampled_from(TYPES)
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """`fused.survivors` in a process where Triton interprets."""
+    """A function of `fused` in a process where Triton interprets."""
     with (
         pytest.MonkeyPatch.context() as patch,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor,
@@ -38,178 +37,159 @@ def interpreted():
         patch.setenv("TRITON_INTERPRET", "1")
         executor.submit(int).result()
         patch.undo()
-        yield lambda *arguments: executor.submit(fused.survivors, *arguments).result()
+        yield lambda name, *arguments: executor.submit(_call, name, *arguments).result()
 
 
-def exact_scores(kernel: Kernel, centers: Descriptors, pool: Descriptors) -> torch.Tensor:
-    """(M, B) float64, of the numbers as stored."""
-    m, n = len(centers.z), len(pool.z)
-    rows, cols = torch.arange(m).repeat_interleave(n), torch.arange(n).repeat(m)
-    return kernel.pairs(centers.to(torch.float32), pool.to(torch.float32), rows, cols).reshape(m, n)
+def _call(name: str, *arguments):
+    return getattr(fused, name)(*arguments)
 
 
-def floors(exact_MB: torch.Tensor, seed: int) -> torch.Tensor:
-    """Of each center one of: the score of an image, a number, -inf, +inf."""
+def case(dtype: torch.dtype, widths: list[int], squared: bool, m: int, n: int, seed: int) -> tuple:
+    """Arguments of `survivors` in which about half of the pairs are out; some edges are 0, or below."""
     generator = torch.Generator().manual_seed(seed)
-    m, n = exact_MB.shape
-    images = [exact_MB[:, i] for i in torch.randint(n, (3,), generator=generator)] if n else []
-    numbers = torch.tensor([0.3, -torch.inf, torch.inf], dtype=torch.float64)[:, None].expand(3, m)
-    choices = torch.stack([*numbers, *images])
-    return choices[torch.randint(len(choices), (m,), generator=generator), torch.arange(m)].float()
+    ends = tuple(fused.CHUNK * end for end in accumulate(widths if squared else [sum(widths)]))
+    codes = [torch.randint(-127, 128, (x, ends[-1]), generator=generator) for x in (m, n)]
+    codes = [x.to(dtype) if dtype == torch.int8 else (x / 127).to(dtype) for x in codes]
+    edge = sums(codes, ends, squared).abs().median() if m and n else torch.tensor(1.0)
+    alpha = torch.rand(m, generator=generator) * 2 * float(edge)
+    alpha[::5], unit = 0, torch.rand(n, generator=generator) + 0.5
+    return *codes, ends, squared, alpha, alpha * 0.1 * (torch.arange(m) % 3 - 1), unit
 
 
-def assert_survivors(got, exact_MB: torch.Tensor, floor_M: torch.Tensor, capacity: int, bound: float) -> None:
-    """Every pair above its floor by the bound, none below it by the bound; counts go on beyond the capacity."""
-    count_M, cols_MC = got
-    assert count_M.dtype == cols_MC.dtype == torch.int32 and cols_MC.shape == (len(exact_MB), capacity)
-    must_MB, may_MB = ~(exact_MB < floor_M[:, None] + bound), ~(exact_MB < floor_M[:, None] - bound)
-    for count, cols, must, may in zip(count_M.tolist(), cols_MC.tolist(), must_MB, may_MB, strict=True):
-        listed = cols[: min(count, capacity)]
-        assert must.sum() <= count <= may.sum()
-        assert len(set(listed)) == len(listed) and all(0 <= col < len(may) and may[col] for col in listed)
-        assert cols[count:] == [-1] * (capacity - len(listed))
-        assert count > capacity or set(must.nonzero().flatten().tolist()) <= set(listed)
+def sums(codes: list[torch.Tensor], ends: tuple[int, ...], squared: bool) -> torch.Tensor:
+    """(M, B) float64."""
+    groups = [slice(start, end) for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+    products = [codes[0][:, x].double() @ codes[1][:, x].double().T for x in groups]
+    return torch.stack(products).norm(dim=0) if squared else products[0]
+
+
+def assert_bits(words: torch.Tensor, given: tuple) -> None:
+    """Every pair at its edge or above it is in, none that is below it by more than rounding; nothing past the pool."""
+    codes, (ends, squared, alpha, shift, unit) = list(given[:2]), given[2:]
+    sum_MB = sums(codes, ends, squared)
+    edge_MB = alpha[:, None].double() * unit - shift[:, None]
+    got = torch.zeros(sum_MB.shape, dtype=torch.bool)
+    rows, cols = fused.pairs_of(words, words.numel() * 32)
+    got[rows, cols] = True  # IndexError past the pool
+    size = 1e-5 * (edge_MB.abs() + sum_MB.abs() + 1e-3)
+    assert got[sum_MB >= edge_MB + size].all()
+    assert (sum_MB[got] >= (edge_MB * (1 - 3 * fused.HELD_ERROR * len(ends)) - size)[got]).all()
 
 
 @needs_triton
 @few
-@given(kernels, st.integers(0, 20), st.integers(0, 40), types, st.sampled_from([1, 4, 64]), seeds)
-def test_the_kernel_finds_what_is_above_the_floors(interpreted, kernel, m, n, dtype, capacity, seed):
-    """All kernels, weights and dtypes, scales of any length, tiles not full, ties, lists too short: the exact set, but
-    for scores at the floor to within the error bound."""
-    centers, pool = (descriptors(k, kernel.lengths, seed + k).to(dtype) for k in (m, n))
-    exact_MB = exact_scores(kernel, centers, pool)
-    floor_M = floors(exact_MB, seed)
-    got = interpreted(kernel, centers, pool, floor_M, capacity, SMALL)
-    assert_survivors(got, exact_MB, floor_M, capacity, fused.error_bound(kernel))
+@given(
+    st.sampled_from(fused.DTYPES), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.booleans(),
+    st.integers(0, 70), st.integers(0, 70), seeds,
+)  # fmt: skip
+def test_a_pair_has_its_bit_unless_it_is_out(interpreted, dtype, widths, squared, m, n, seed):
+    """Both dtypes, one group or several, tiles that are not full, more than one group of tiles, ties, edges below 0."""
+    arguments = case(dtype, widths, squared, m, n, seed)
+    assert_bits(interpreted("survivors", *arguments, SMALL), arguments)
 
 
-@quick
-@given(kernels, st.integers(0, 20), st.integers(0, 40), types, st.sampled_from([1, 4, 64]), seeds)
-def test_the_torch_path_finds_the_same(kernel, m, n, dtype, capacity, seed):
-    """`survivors_torch`, in small tiles, keeps the same contract."""
-    centers, pool = (descriptors(k, kernel.lengths, seed + k).to(dtype) for k in (m, n))
-    exact_MB = exact_scores(kernel, centers, pool)
-    floor_M = floors(exact_MB, seed)
+@needs_triton
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+def test_edges_that_are_not_finite(interpreted, dtype):
+    """alpha infinite: nobody, whatever the unit; minus infinity: everybody; a NaN in codes or edges is not out."""
+    codes_MP, codes_BP, ends, squared, alpha, shift, unit = case(dtype, [1, 2], True, 5, 40, 0)
+    alpha = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e9, torch.inf])
+    unit[3] = torch.inf
+    if dtype == torch.bfloat16:
+        codes_BP[7, 300], codes_MP[4] = torch.nan, torch.nan
+    words = interpreted("survivors", codes_MP, codes_BP, ends, squared, alpha, shift * 0, unit, SMALL)
+    rows, _ = fused.pairs_of(words, 200)
+    expected = [0, 40, 40, 0, 0] if dtype == torch.int8 else [1, 40, 40, 1, 40]
+    assert torch.bincount(rows, minlength=5).tolist() == expected
+
+
+@needs_triton
+@few
+@given(kernels, st.sampled_from(["int8", "bfloat16"]), st.integers(1, 20), st.integers(1, 40), st.floats(0, 1), seeds)
+def test_no_pair_that_reaches_its_floor_is_missed(interpreted, kernel, precision, m, n, high, seed):
+    """From descriptors to pairs as on a GPU: layout, rounding, bounds, kernel and bits together."""
+    of, parts = scan.layout(kernel, True), [descriptors(x, kernel.lengths, seed + x) for x in (m, n)]
+    centers, pool = (rounded_as_on_a_gpu(of, precision, part) for part in parts)
+    scores = kernel.block(*(part.to(torch.float64) for part in parts))
+    factor = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    floor_M = (scores * factor).quantile(high, dim=1).float()
+    bounds = scan._bounds(kernel, centers, pool, floor_M, factor)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "TORCH_TILE", (7, 9))
-        got = fused.survivors_torch(kernel, centers, pool, floor_M, capacity)
-    assert_survivors(got, exact_MB, floor_M, capacity, kernel.error_bound())
+        patch.setattr(scan.fused, "survivors", lambda *arguments: interpreted("survivors", *arguments, SMALL))
+        rows, cols = scan._by_fused_kernel(of, centers, pool, bounds, m * n)
+        assert len(rows) == 0 or scan._by_fused_kernel(of, centers, pool, bounds, len(rows) - 1) is None
+    got = set(zip(rows.tolist(), cols.tolist(), strict=True))
+    assert {tuple(pair) for pair in (scores * factor >= floor_M[:, None]).nonzero().tolist()} <= got
+    by_torch = zip(*(x.tolist() for x in scan._by_torch(of, centers, pool, bounds, m * n)), strict=True)
+    assert precision == "bfloat16" or set(by_torch) <= got  # one shift for all images lets more in
+
+
+def rounded_as_on_a_gpu(of: scan.Layout, precision: str, part: Descriptors) -> scan.Rounded:
+    n = len(part.z)
+    codes = torch.empty(n, of.groups[-1].stop, dtype=getattr(torch, precision))
+    steps, errors = torch.ones(n), torch.empty(len(of.vectors), n)
+    scan._round_rows(of, part, codes, steps, errors)
+    return scan.Rounded(precision, codes, steps, errors + 2.0**-18 * max(of.lengths_G))
 
 
 @needs_triton
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_nan_is_not_below_a_floor(interpreted, name, dtype):
-    """A NaN in the first or last scale of an image or a center survives every floor, and disturbs no other pair."""
-    kernel = Kernel(name, (20, 1, 3))
-    centers, pool = descriptors(5, kernel.lengths, 1).to(dtype), descriptors(21, kernel.lengths, 2).to(dtype)
-    pool.z[3, 2], pool.z[20, 23], centers.z[4, 20] = torch.nan, torch.nan, torch.nan
-    exact_MB, floor_M = exact_scores(kernel, centers, pool), torch.tensor([torch.inf, 0.0, 0.5, 1e9, torch.inf])
-    assert exact_MB[:, [3, 20]].isnan().all() and exact_MB[4].isnan().all()
-    for got in (
-        interpreted(kernel, centers, pool, floor_M, 30, SMALL),
-        fused.survivors_torch(kernel, centers, pool, floor_M, 30),
-    ):
-        assert_survivors(got, exact_MB, floor_M, 30, fused.error_bound(kernel))
-        assert got[0][[0, 3, 4]].tolist() == [2, 2, 21]
+@few
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=3).map(tuple), st.integers(0, 30), seeds)
+def test_pair_products_are_those_of_the_matrices(interpreted, lengths, q, seed):
+    """In float64, of scales of any length, and of any number of pairs."""
+    generator, spans = torch.Generator().manual_seed(seed), Kernel("pcc", lengths).spans
+    a, b = vectors(6, lengths, seed), vectors(9, lengths, seed + 1)
+    rows, cols = (torch.randint(x, (q,), generator=generator) for x in (6, 9))
+    expected = torch.stack([(a[:, s].double() @ b[:, s].double().T)[rows, cols] for s in spans])
+    got = interpreted("pair_products", a, b, spans, rows, cols)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 
-@needs_triton
-def test_ties_at_the_floor_survive_in_every_tile(interpreted):
-    """300 x 40 zero scores, floors 0 and the next number above: all of a center's or none, each once, in programs that
-    go through the pool in more than one group of centers."""
-    zero = Descriptors(torch.zeros(300, 2), torch.zeros(300, 2))
-    floor_M = torch.zeros(300)
-    floor_M[::2] = 2.0**-149
-    assert fused.GROUP * SMALL.m < 300
-    count_M, cols_MC = interpreted(Kernel("pfk", (2,)), zero, zero.rows(slice(0, 40)), floor_M, 40, SMALL)
-    assert (count_M[::2] == 0).all() and (cols_MC[::2] == -1).all() and (count_M[1::2] == 40).all()
-    assert torch.equal(cols_MC[1::2].sort(dim=1).values, torch.arange(40, dtype=torch.int32).expand(150, 40))
-
-
-@needs_triton
-def test_no_center_or_no_image_is_an_empty_answer():
-    """M = 0 or B = 0 starts no kernel."""
-    kernel, part = Kernel("pfk", (3,)), descriptors(4, (3,), 0)
-    none = part.rows(slice(0, 0))
-    for function in (fused.survivors, fused.survivors_torch):
-        count_M, cols_MC = function(kernel, part, none, torch.zeros(4), 2)
-        assert count_M.tolist() == [0] * 4 and (cols_MC == -1).all()
-        assert [x.shape for x in function(kernel, none, part, torch.zeros(0), 2)] == [(0,), (0, 2)]
+def test_bits_become_pairs_in_order():
+    """Also the 32nd bit, the sign; and no more than asked for."""
+    words = torch.tensor([[0, 1 << 5, -(1 << 31)], [0, 0, 0], [3, 0, 0]], dtype=torch.int32)
+    rows, cols = fused.pairs_of(words, 4)
+    assert rows.tolist() == [0, 0, 2, 2] and cols.tolist() == [37, 95, 0, 1]
+    assert fused.pairs_of(words, 3) is None and fused.pairs_of(words, 2) is None
+    assert [len(x) for x in fused.pairs_of(words[1:2], 0)] == [0, 0]
 
 
 def test_what_does_not_fit_is_refused():
-    """Shapes, dtypes and capacities are errors, not wrong candidates; `pcc` does not look at g."""
-    kernel, part, floor_M = Kernel("pfk", (3,)), descriptors(4, (3,), 0), torch.zeros(4)
+    """Shapes, dtypes and groups are errors, not wrong candidates."""
+    codes, bounds = torch.zeros(4, 256, dtype=torch.int8), [torch.zeros(4)] * 3
     wrong = [
-        (part, part, floor_M[:3], 2),
-        (part, part, floor_M.double(), 2),
-        (part, part, floor_M, 0),
-        (part, part.to(torch.bfloat16), floor_M, 2),
-        (part.to(torch.float64), part.to(torch.float64), floor_M, 2),
-        (part, descriptors(4, (4,), 0), floor_M, 2),
-        (part, Descriptors(part.z, part.g[:2]), floor_M, 2),
+        (codes, codes, (256,), True, torch.zeros(3), *bounds[:2]),
+        (codes, codes, (256,), True, *bounds[:2], torch.zeros(4).double()),
+        (codes, codes.to(torch.bfloat16), (256,), True, *bounds),
+        (codes.float(), codes.float(), (256,), True, *bounds),
+        (codes, codes[:, :128], (256,), True, *bounds),
+        (codes, codes, (100, 256), True, *bounds),
+        (codes, codes, (128, 256), False, *bounds),
     ]
-    for function in (fused.survivors, fused.survivors_torch):
-        for arguments in wrong:
-            with pytest.raises(ValueError, match="expected"):
-                function(kernel, *arguments)
-    fused.survivors_torch(Kernel("pcc", (3,)), part, Descriptors(part.z, part.g[:2]), floor_M, 2)
-    with pytest.raises(ValueError, match="too long"):
-        fused.error_bound(Kernel("pcc", (1 << 21,)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_the_error_bound_is_of_use(name, kind):
-    """Wider than the torch path's, yet a thousandth of the largest score at 256 + 512 numbers."""
-    kernel = Kernel(name, (256, 512), kind)
-    largest = sum(kernel.weights) * (2 if name == "pfk-sum" else 1)
-    assert kernel.error_bound() < fused.error_bound(kernel) < 1e-3 * largest
-
-
-@needs_triton
-def test_the_fastest_tile_is_the_one_measured_fastest(monkeypatch):
-    """Every tile is run on the block itself, with floors that nothing passes."""
-    from triton import testing
-
-    runs, times, part = [], [3.0, 1.0, 2.0], descriptors(4, (3,), 0).to(torch.bfloat16)
-    monkeypatch.setattr(fused, "survivors", lambda *arguments: runs.append(arguments))
-    monkeypatch.setattr(testing, "do_bench", lambda run: (run(), times[len(runs) - 1])[1])
-    assert fused.fastest_tile(Kernel("pfk", (3,)), part, part) == fused.TILES["pfk"][1]
-    assert [run[-1] for run in runs] == list(fused.TILES["pfk"]) and all((run[3] == torch.inf).all() for run in runs)
-
-
-@needs_triton
-def test_pcc_on_whole_chunks_copies_nothing():
-    """Scales that are whole chunks in ascending order are scanned where they lie."""
-    z = torch.zeros(3, 192)
-    assert fused._packed(Kernel("pcc", (64, 128)), Descriptors(z, z), 64) is z
-    assert fused._packed(Kernel("pcc", (128, 64)), Descriptors(z, z), 64) is not z
-    assert fused._packed(Kernel("pfk", (65, 127)), Descriptors(z, z), 64).shape == (3, 4 * 128)
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="expected"):
+            fused.survivors(*arguments)
 
 
 def test_without_triton_the_torch_path_remains(monkeypatch):
-    """The module is imported, says that the kernel is not available, and refuses to run it; the torch path works."""
+    """The module is imported, says that the kernel is not available, and refuses to run it."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
     spec = importlib.util.spec_from_file_location("fused_without_triton", fused.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    kernel, part, floor_M = Kernel("pcc", (3,)), descriptors(4, (3,), 0), torch.full((4,), -torch.inf)
     assert not module.available("cuda") and not fused.available("cpu")
-    assert module.survivors_torch(kernel, part, part, floor_M, 9)[0].tolist() == [4] * 4
     with pytest.raises(RuntimeError, match="needs the package triton"):
-        module.survivors(kernel, part, part, floor_M, 9)
+        module.survivors(*case(torch.int8, [1], True, 4, 4, 0))
 
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1" or sys.platform != "linux", reason="needs a compiler")
-@pytest.mark.parametrize("name", NAMES)
-def test_it_compiles_for_hopper_as_the_design_says(name, tmp_path, monkeypatch):
-    """Without a GPU: warp-group products, one group of them in flight while the next is issued, no spilled register, no
-    complaint of the assembler that they are serialised, shared memory within a multiprocessor's."""
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize("ends", [(512, 1536), (1536,)])
+def test_it_compiles_for_hopper_as_the_design_says(ends, dtype, tmp_path, monkeypatch):
+    """Without a GPU: warp-group products, no spilled register, and both registers and shared memory for two programs on
+    a multiprocessor, so that one multiplies while the other compares."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -219,13 +199,11 @@ def test_it_compiles_for_hopper_as_the_design_says(name, tmp_path, monkeypatch):
         ptxas = knobs.nvidia.ptxas.path
     except (AttributeError, RuntimeError) as error:
         pytest.skip(f"no assembler for NVIDIA GPUs: {error}")
-    kernel = Kernel(name, (256, 512))
-    tile = fused._tiles(kernel, torch.bfloat16)[0]
-    constants = fused._constants(kernel, tile)
-    kinds = (
-        [f"tensordesc<bf16[{rows},{tile.k}]>" for rows in (tile.m, tile.n)] + ["*fp32", "*i32", "*i32"] + 3 * ["i32"]
-    )
-    names = fused._scan.arg_names
+    tile = fused.Tile()
+    constants = fused._constants(ends, len(ends) > 1, dtype, tile)
+    name = {torch.int8: "i8", torch.bfloat16: "bf16"}[dtype]
+    blocks = [f"tensordesc<{name}[{rows},{constants['TILE_K']}]>" for rows in (tile.m, tile.n)]
+    kinds, names = blocks + ["*fp32"] * 3 + ["*i32"] + ["i32"] * 3, fused._scan.arg_names
     signature = dict(zip(names, kinds + ["constexpr"] * (len(names) - len(kinds)), strict=True))
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     source = ASTSource(fused._scan, signature, constants)
@@ -233,21 +211,46 @@ def test_it_compiles_for_hopper_as_the_design_says(name, tmp_path, monkeypatch):
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
     command = [ptxas, "-v", "--gpu-name=sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "kernel.cubin")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "wgmma.mma_async" in compiled.asm["ptx"] and "wgmma.wait_group.sync.aligned 1" in compiled.asm["ptx"]
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", said) and "serialized" not in said, said
-    assert compiled.metadata.shared <= 227 * 1024
+    registers = int(re.search(r"Used (\d+) registers", said).group(1))
+    assert registers * 32 * tile.warps * 2 <= 65536 and compiled.metadata.shared * 2 <= 227 * 1024
 
 
-@pytest.mark.skipif(not fused.available("cuda"), reason="needs a Hopper GPU")
+@needs_gpu
+@pytest.mark.parametrize("dtype", fused.DTYPES)
+def test_on_a_gpu_bits_are_the_same(dtype):
+    """Compiled and run at the real tile size: the interpreter's contract, also for a single center or image."""
+    for widths, squared in (([4, 8], True), ([12], False), ([1, 2, 1, 3], True)):
+        for m, n in ((1, 1), (300, 1), (1, 1500), (300, 1500)):
+            arguments = case(dtype, widths, squared, m, n, 3)
+            on_gpu = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+            assert_bits(fused.survivors(*on_gpu).cpu(), arguments)
+
+
+@needs_gpu
+def test_on_a_gpu_pair_products_are_those_of_the_matrices():
+    """Compiled, beside torch's sparse product."""
+    lengths = (256, 1, 511)
+    a, b, spans = vectors(300, lengths, 0), vectors(900, lengths, 1), Kernel("pcc", lengths).spans
+    rows, cols = (torch.randint(x, (10_001,), generator=torch.Generator().manual_seed(x)) for x in (300, 900))
+    expected = torch.stack([(a[:, s].double() @ b[:, s].double().T)[rows, cols] for s in spans])
+    got = fused.pair_products(a.cuda(), b.cuda(), spans, rows.cuda(), cols.cuda()).cpu()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["auto", "int8", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_on_a_gpu_every_tile_finds_the_same(name):
-    """Compiled and run: the interpreter's contract at the real tile sizes, also for a single center or image."""
-    for dtype, lengths, m, n in itertools.product(TYPES, [(256, 512), (33, 200, 1, 64)], [1, 300], [1, 1500]):
-        kernel = Kernel(name, lengths)
-        centers, pool = descriptors(m, lengths, 1).to(dtype), descriptors(n, lengths, 2).to(dtype)
-        exact_MB = exact_scores(kernel, centers, pool)
-        floor_M = floors(exact_MB, 3)
-        on_gpu = [Descriptors(*(x.cuda() for x in part)) for part in (centers, pool)]
-        for tile in fused._tiles(kernel, dtype):
-            got = fused.survivors(kernel, *on_gpu, floor_M.cuda(), 700, tile)
-            assert_survivors([x.cpu() for x in got], exact_MB, floor_M, 700, fused.error_bound(kernel))
+def test_on_a_gpu_the_top_k_is_the_cpus(name, precision):
+    """To the bit, with ties and zero vectors, in any precision and in several blocks."""
+    kernel, generator, n = Kernel(name, (70, 129)), torch.Generator().manual_seed(0), 30_000
+    noise = [standardise(torch.randn(n + 200, 199, generator=generator), kernel.lengths) for _ in range(2)]
+    for x, few in zip(noise, descriptors(300, kernel.lengths, 2), strict=True):
+        x[::101], x[-2:] = few[: len(x[::101])], few[-2:]
+    pool, centers, keys = Descriptors(*(x[:n] for x in noise)), Descriptors(*(x[n:] for x in noise)), torch.arange(n)
+    here, there = TopK(200, 20), TopK(200, 20, device="cuda", precision=precision)
+    here.add(kernel, centers, pool, keys)
+    there.add(kernel, *(Descriptors(*(x.cuda() for x in part)) for part in (centers, pool)), keys.cuda())
+    assert all(torch.equal(x, y.cpu()) for x, y in zip(here.result(), there.result(), strict=True))
+    assert precision == "float32" or there.counts["int8"] + there.counts["bfloat16"] > 0

@@ -38,63 +38,116 @@ def test_no_pair_that_reaches_its_floor_is_missed(kernel, precision, m, n, by_on
         patch.setattr(scan, "TILE_POOL", 4)
         patch.setattr(scan, "ONE_BY_ONE", 1.0 if by_one else 0.1)
         found = scan.survivors(kernel, low_centers, low_pool, floor_M, factor)
-    bounds = scan._bounds(kernel, low_centers, low_pool, floor_M, factor)
-    by_torch = scan._by_torch(kernel, low_centers, low_pool, bounds, m * n)
-    for rows, cols in (found, by_torch):
+    bounds, of = scan._bounds(kernel, low_centers, low_pool, floor_M, factor), scan.layout(kernel, False)
+    for rows, cols in (found, scan._by_torch(of, low_centers, low_pool, bounds, m * n)):
         pairs = list(zip(rows.tolist(), cols.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs) and wanted <= set(pairs)
-        errors = sum(2.0 * e.max() for part in (low_centers, low_pool) for e in part.errors_TN)
-        slack = (errors + 0.01) * sum(kernel.weights) * 4 + 4 * kernel.error_bound()
-        assert (scores[rows, cols] * factor[cols] >= floor_M[rows] - slack).all()
+        most = largest_scores(kernel, centers, pool)[rows, cols] * factor[cols]
+        assert (most >= floor_M[rows] - slack(low_centers, low_pool, kernel)).all()
+
+
+def largest_scores(kernel: Kernel, centers: Descriptors, pool: Descriptors) -> torch.Tensor:
+    """Of each pair what the scan goes by: for `pfk` the sum of w_j ((rz_j + rg_j) / 2)^2, else the score."""
+    if kernel.name != "pfk":
+        return exact_scores(kernel, centers, pool)
+    both = [[x[:, span].double() for x in part] for part in (centers, pool) for span in kernel.spans]
+    ours, theirs = both[: len(kernel.spans)], both[len(kernel.spans) :]
+    sums = [(a @ c.T + b @ d.T) / 2 for (a, b), (c, d) in zip(ours, theirs, strict=True)]
+    return sum(w * r.square() for w, r in zip(kernel.weights, sums, strict=True))
+
+
+def slack(centers: scan.Rounded, pool: scan.Rounded, kernel: Kernel) -> float:
+    """Of a score of size W: relative errors of vectors count about twice."""
+    relative = max(float((x.errors_TN.max(1).values / factors(kernel)).max()) for x in (centers, pool))
+    largest = sum(kernel.weights) * (2 if kernel.name == "pfk-sum" else 1)
+    u = 0.01 if centers.precision == "bfloat16" else 1e-3
+    return (8 * relative + u) * largest + 1e-9
+
+
+def factors(kernel: Kernel) -> torch.Tensor:
+    return torch.tensor([v.factor or 1.0 for v in scan.layout(kernel, False).vectors])
+
+
+@quick
+@given(st.lists(st.tuples(*[st.floats(-1, 1)] * 2), min_size=1, max_size=4))
+def test_squared_sums_are_never_less_than_the_score(pairs):
+    """4 x y <= (x + y)^2, the inequality that all of `pfk`'s scan rests on, with equality where x = y."""
+    score, square = sum(x * y for x, y in pairs), sum((x + y) ** 2 for x, y in pairs) / 4
+    assert score <= square + 1e-15 and (any(x != y for x, y in pairs) or abs(score - square) <= 1e-15)
 
 
 @pytest.mark.parametrize("by_one", [0.0, 1.0])
 @pytest.mark.parametrize("precision", SUPPORTED)
 @pytest.mark.parametrize("name", NAMES)
 def test_loops_and_torch_find_the_same(name, precision, by_one, monkeypatch):
-    """At real tile sizes, and a last tile that is not full: the same pairs, but for some at the very limit."""
+    """At real tile sizes, and a last tile that is not full: the same pairs, but for some at the very limit (products
+    come out in bfloat16); of `pfk` in int8 fewer, as these are looked at twice, but none that is well within."""
     kernel = Kernel(name, (33, 70))
     monkeypatch.setattr(scan, "ONE_BY_ONE", by_one)
     torch.manual_seed(4)
     x = standardise(torch.randn(1300, 103) + torch.randn(50, 103).repeat(26, 1), (33, 70))  # 50 clusters
     part = scan.round_to(kernel, precision, Descriptors(x, x))
     centers, pool = part.rows(slice(0, 600)), part.rows(slice(600, None))
-    floor_M = torch.full((600,), 0.25 * sum(kernel.weights) * (2 if name == "pfk-sum" else 1))
-    bounds = scan._bounds(kernel, centers, pool, floor_M, None)
-    rows, cols = scan.survivors(kernel, centers, pool, floor_M)
+    floor = 0.25 * sum(kernel.weights) * (2 if name == "pfk-sum" else 1)
+    rows, cols = scan.survivors(kernel, centers, pool, torch.full((600,), floor))
     got = set(zip(rows.tolist(), cols.tolist(), strict=True))
-    limits = [bounds._replace(limit_M=bounds.limit_M + x) for x in (1e-3, -1e-3)]
-    pairs = [scan._by_torch(kernel, centers, pool, some, 420000) for some in limits]
-    inner, outer = (set(zip(*(x.tolist() for x in some), strict=True)) for some in pairs)
+    by_torch, near = [], 0.01 if precision == "bfloat16" else 0.001
+    for factor in (1.08 if name == "pfk" and precision == "int8" else 1 + near, 1 - near):
+        bounds = scan._bounds(kernel, centers, pool, torch.full((600,), floor * factor), None)
+        pairs = scan._by_torch(scan.layout(kernel, False), centers, pool, bounds, 420000)
+        by_torch.append(set(zip(*(x.tolist() for x in pairs), strict=True)))
+    inner, outer = by_torch
     assert inner <= got <= outer and len(got) == len(rows) and 100 < len(got) < 400000
 
 
 @pytest.mark.parametrize("precision", SUPPORTED)
-@pytest.mark.parametrize("search", ["_by_tiles", "_by_torch"])
-def test_more_survivors_than_asked_for_are_none(search, precision):
+def test_more_survivors_than_asked_for_are_none(precision):
     """A capacity that all fit in gives them, one less gives None."""
     kernel = Kernel("pfk", (20,))
     *_, centers, pool = rounded(kernel, precision, 4, 9, 1)
-    bounds = scan._bounds(kernel, centers, pool, torch.full((4,), -100.0), None)
-    assert len(getattr(scan, search)(kernel, centers, pool, bounds, 36)[0]) == 36
-    assert getattr(scan, search)(kernel, centers, pool, bounds, 35) is None
+    floor_M = torch.full((4,), -100.0)
+    bounds, of = scan._bounds(kernel, centers, pool, floor_M, None), scan.layout(kernel, False)
+    assert len(scan._by_torch(of, centers, pool, bounds, 36)[0]) == 36
+    assert scan._by_torch(of, centers, pool, bounds, 35) is None
+    assert len(scan.survivors(kernel, centers, pool, floor_M, None, 36)[0]) == 36
+    assert scan.survivors(kernel, centers, pool, floor_M, None, 35) is None
+
+
+@pytest.mark.parametrize("precision", SUPPORTED)
+def test_floors_of_any_size_are_met(precision):
+    """An infinite floor leaves nobody, minus infinity everybody; a zero vector does not disturb the others."""
+    kernel = Kernel("pfk", (20, 3))
+    part = descriptors(30, kernel.lengths, 1)
+    part.z[4], part.g[5] = 0, 0
+    low = scan.round_to(kernel, precision, part)
+    for floor, count in ((torch.inf, 0), (3e38, 0), (-torch.inf, 900), (-3e38, 900)):
+        assert len(scan.survivors(kernel, low, low, torch.full((30,), floor))[0]) == count
 
 
 @quick
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), st.integers(0, 20), seeds)
-def test_int8_codes_are_as_near_as_they_say(lengths, n, seed):
+@given(kernels, st.booleans(), st.integers(0, 20), seeds)
+def test_int8_codes_are_as_near_as_they_say(kernel, on_gpu, n, seed):
     """The compiled rounding and torch's: the same steps, and no vector farther from its codes than its error."""
-    kernel, part = Kernel("pfk", lengths, "equal"), descriptors(n, lengths, seed)
-    got = scan.round_to(kernel, "int8", part)
-    for i, x in enumerate(kernel.matrices(part)):
-        codes, (step, error, length) = torch.empty_like(x, dtype=torch.int8), torch.empty(3, n)
-        scan._round_rows(x, codes, step, error, length)
-        torch.testing.assert_close(got.lengths_TN[i], length)
-        torch.testing.assert_close(got.steps_TN[i], step, rtol=1e-6, atol=0)
-        for c, s, e in ((codes, step, error), (got.matrices[i], got.steps_TN[i], got.errors_TN[i])):
-            assert not n or c.abs().max() <= 127
-            away = (x.double() - c.double() * s.double()[:, None]).norm(dim=1)
-            assert (away <= e).all() and (e <= 0.6 * s * x.shape[1] ** 0.5 + 1e-5).all()
+    part, of, size = (
+        descriptors(n, kernel.lengths, seed),
+        scan.layout(kernel, on_gpu),
+        1e-4 * max(kernel.weights, default=1),
+    )
+    got, step = scan.round_to(kernel, "int8", part), torch.empty(n)
+    codes, errors = torch.empty(n, of.groups[-1].stop, dtype=torch.int8), torch.empty(len(of.vectors), n)
+    scan._round_rows(of, part, codes, step, errors)
+    torch.testing.assert_close(got.steps_N, step, rtol=1e-6, atol=0)
+    by_numba = scan.layout(kernel, False), got.codes_NP, got.steps_N, got.errors_TN
+    for places, c, s, e_TN in ((of, codes, step, errors + size), by_numba):
+        assert not n or c.int().abs().max() <= 127
+        for v, error in zip(places.vectors, e_TN, strict=True):
+            x = part[v.which][:, v.span].double() * v.factor
+            away = (x - c[:, v.columns].double() * s.double()[:, None]).norm(dim=1)
+            assert (away <= error).all() and (error <= 0.6 * s * x.shape[1] ** 0.5 + 2 * size + 1e-6).all()
+    padding = torch.ones(of.groups[-1].stop, dtype=torch.bool)
+    for v in of.vectors:
+        padding[v.columns] = False
+    assert not codes[:, padding].any() and (not on_gpu or all(group.stop % 128 == 0 for group in of.groups))
 
 
 def test_lengths_see_what_is_not_a_number():
@@ -104,7 +157,7 @@ def test_lengths_see_what_is_not_a_number():
     expected = torch.stack([x[:, span].norm(dim=1) for x in part for span in kernel.spans])
     assert expected.isnan().sum() == 2 and expected.isinf().sum() == 1
     torch.testing.assert_close(kernel.scale_lengths(part), expected, equal_nan=True)
-    by_scale = torch.stack([x.norm(dim=1) for x in kernel.matrices(part)])
+    by_scale = torch.stack([x[:, span].norm(dim=1) for span in kernel.spans for x in part])
     torch.testing.assert_close(scan.round_to(kernel, "int8", part).lengths_TN, by_scale, equal_nan=True)
 
 

@@ -43,7 +43,12 @@ def test_top_k_is_the_sorted_list_of_exact_scores(kernel, m, n, k, seed):
 
 
 SMALL_TILES = {"TILE_CENTERS": 3, "TILE_POOL": 4, "DENSE_CENTERS": 3, "DENSE_POOL": 4}
-SMALL_PARTS = {"BLOCK": {"cpu": 11}, "CENTERS": {"cpu": 5}, "HEAD": 5, "HEAD_NUMBERS": 20, "ENTRIES": 5, "SMALL": 0}
+SIZES = topk.SIZES["cpu"]
+SMALL_PARTS = {
+    "SIZES": {"cpu": SIZES._replace(block=11, centers=5, head=20, entries=5)},
+    "HEAD": 5,
+    "SMALL": 0,
+}
 SUPPORTED = scan.supported(Kernel("pfk", (8,)), torch.device("cpu"))
 precisions = st.sampled_from(SUPPORTED)
 
@@ -95,23 +100,6 @@ def test_floors_leave_what_reaches_them(kernel, precision, m, n, k, seed):
 
 
 @quick
-@given(
-    kernels, st.sampled_from(["float32", "bfloat16"]), st.integers(1, 8), st.integers(1, 60), st.integers(1, 9), seeds
-)
-def test_the_fused_kernels_lists_lead_to_the_same_result(kernel, precision, m, n, capacity, seed):
-    """As on a GPU, where survivors come in lists of a few and what does not fit is scanned in blocks: the same bits."""
-    centers, pool = descriptors(m, kernel.lengths, seed), descriptors(n, kernel.lengths, seed + 3)
-    expected = whole(kernel, centers, pool, torch.arange(n), 4)
-    top = TopK(m, 4, precision=precision)
-    with small_tiles(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "FUSED_CAPACITY", capacity)
-        patch.setattr(scan.fused, "available", lambda device: True)
-        patch.setattr(scan.fused, "survivors", scan.fused.survivors_torch)
-        top.add(kernel, centers, pool, torch.arange(n))
-    assert same(top.result(), expected)
-
-
-@quick
 @given(kernels, precisions, st.integers(0, 8), st.integers(0, 40), st.sampled_from([1, 3, 20]), st.data(), seeds)
 def test_votes_are_the_dense_scores_times_the_confidence(kernel, precision, m, n, k, data, seed):
     """Grouped by class, with zeros where nothing was scored: the top-K of every pair's score times q_n(y_m)^gamma."""
@@ -145,7 +133,7 @@ def test_what_overflows_its_budget_falls_back(name, fits, monkeypatch):
     pool, centers = Descriptors(x, x.flip(0)), Descriptors(x[:40], x[-40:])
     expected = whole(kernel, centers, pool, torch.arange(3000), 5)
     monkeypatch.setattr(topk, "BUDGET", {p: float(p == fits) for p in scan.PRECISIONS})
-    monkeypatch.setattr(topk, "BLOCK", {"cpu": 1000})
+    monkeypatch.setattr(topk, "SIZES", {"cpu": SIZES._replace(block=1000)})
     monkeypatch.setattr(topk, "HEAD", 500)
     top = TopK(40, 5, precision=low)
     top.add(kernel, centers, pool, torch.arange(3000))
@@ -182,7 +170,7 @@ def test_masses_of_equal_scores_go_by_key(name, budget, monkeypatch):
         return plain(self, centers, pool, rows, cols)
 
     monkeypatch.setattr(Kernel, "pairs", spy)
-    monkeypatch.setattr(topk, "ENTRIES", 1000)
+    monkeypatch.setattr(topk, "SIZES", {"cpu": SIZES._replace(entries=1000)})
     monkeypatch.setattr(topk, "BUDGET", dict.fromkeys(scan.PRECISIONS, budget))
     kernel, one = Kernel(name, (4, 7)), descriptors(40, (4, 7), 3)
     for part in (Descriptors(torch.zeros(6000, 11), torch.zeros(6000, 11)), one.rows(torch.arange(6000) % 3)):
