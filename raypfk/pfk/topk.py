@@ -18,7 +18,10 @@ from raypfk.pfk.kernel import Descriptors, Kernel, check_standardised
 
 HEAD = 4096  # images whose scores give an empty state its first floors
 SMALL = 1 << 22  # pairs for which low precision is not worth its preparation
-BUDGET = {"int8": 1 / 16, "bfloat16": 1 / 16, "float32": 1 / 8}  # of a block's pairs that may be left to rescore
+BUDGET = {  # of a block's pairs that may be left to rescore; beside a GPU's products that is dear
+    "cpu": {"int8": 1 / 16, "bfloat16": 1 / 16, "float32": 1 / 8},
+    "cuda": {"int8": 1 / 400, "bfloat16": 1 / 32, "float32": 1 / 8},
+}
 
 
 class Sizes(NamedTuple):
@@ -102,6 +105,10 @@ class TopK:
     @property
     def _sizes(self) -> Sizes:
         return SIZES[self._scores_MK.device.type]
+
+    @property
+    def _budget(self) -> dict[scan.Precision, float]:
+        return BUDGET[self._scores_MK.device.type]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores (M, K) float32, padded with -inf, and keys (M, K) int64, padded with -1, best first."""
@@ -219,7 +226,7 @@ class TopK:
     def _add_head(self, part: "_Part") -> None:
         """First images: their own K-th best scores, less their error, are the floors of lists that are not full."""
         k = self._keys_MK.shape[1]
-        if k > BUDGET["float32"] * len(part.keys):  # K are left of them at least
+        if k > self._budget["float32"] * len(part.keys):  # K are left of them at least
             self._settle_all(part)
             return
         scores_RB, bound = part.kernel.block(part.centers, part.pool), part.kernel.error_bound()
@@ -228,7 +235,7 @@ class TopK:
         self.counts["float32"] += scores_RB.numel()
         floor_R = torch.maximum(self._floor(part.rows), scores_RB.topk(k, dim=1).values[:, -1] - bound)
         hit_RB = scores_RB >= (floor_R - bound)[:, None]
-        if int(hit_RB.count_nonzero()) > BUDGET["float32"] * scores_RB.numel():
+        if int(hit_RB.count_nonzero()) > self._budget["float32"] * scores_RB.numel():
             self._settle_all(part)
         else:
             self._settle(part, *hit_RB.nonzero(as_tuple=True))
@@ -252,7 +259,7 @@ class TopK:
     def _scan(self, part: "_Part") -> scan.Pairs | None:
         """The pairs that a scan leaves to rescore; None where they are too many to be worth it."""
         pairs, precision = len(part.rows) * len(part.keys), part.low_pool.precision
-        capacity = min(self._sizes.most, int(BUDGET[precision] * pairs))
+        capacity = min(self._sizes.most, int(self._budget[precision] * pairs))
         lows, floor_R = (part.low_centers, part.low_pool), self._floor(part.rows)
         found = scan.survivors(part.kernel, *lows, floor_R, part.factor32, capacity)
         self.counts["overflows" if found is None else precision] += 1 if found is None else pairs

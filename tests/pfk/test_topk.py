@@ -132,7 +132,7 @@ def test_what_overflows_its_budget_falls_back(name, fits, monkeypatch):
     x[::100] = standardise(torch.randn(30, 64).exp() ** 3, kernel.lengths)  # int8 moves these far
     pool, centers = Descriptors(x, x.flip(0)), Descriptors(x[:40], x[-40:])
     expected = whole(kernel, centers, pool, torch.arange(3000), 5)
-    monkeypatch.setattr(topk, "BUDGET", {p: float(p == fits) for p in scan.PRECISIONS})
+    monkeypatch.setattr(topk, "BUDGET", {"cpu": {p: float(p == fits) for p in scan.PRECISIONS}})
     monkeypatch.setattr(topk, "SIZES", {"cpu": SIZES._replace(block=1000)})
     monkeypatch.setattr(topk, "HEAD", 500)
     top = TopK(40, 5, precision=low)
@@ -171,7 +171,7 @@ def test_masses_of_equal_scores_go_by_key(name, budget, monkeypatch):
 
     monkeypatch.setattr(Kernel, "pairs", spy)
     monkeypatch.setattr(topk, "SIZES", {"cpu": SIZES._replace(entries=1000)})
-    monkeypatch.setattr(topk, "BUDGET", dict.fromkeys(scan.PRECISIONS, budget))
+    monkeypatch.setattr(topk, "BUDGET", {"cpu": dict.fromkeys(scan.PRECISIONS, budget)})
     kernel, one = Kernel(name, (4, 7)), descriptors(40, (4, 7), 3)
     for part in (Descriptors(torch.zeros(6000, 11), torch.zeros(6000, 11)), one.rows(torch.arange(6000) % 3)):
         keys = torch.arange(6000).flip(0)
