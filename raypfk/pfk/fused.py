@@ -93,7 +93,7 @@ def survivors(
     words_MW = torch.zeros(rows, -(-cols // tile.n) * (tile.n // 32), dtype=torch.int32, device=codes_MP.device)
     if not words_MW.numel():
         return words_MW
-    held = 1 - HELD_ERROR * (len(ends) - 1)
+    held = max(0.0, 1 - HELD_ERROR * (len(ends) - 1))
     bounds = (alpha_M.clamp(max=3e38) * held, shift_M * held, unit_B.contiguous())  # inf times 0 would be a NaN
     with torch.cuda.device_of(codes_MP):
         _scan[(triton.cdiv(rows, tile.m) * triton.cdiv(cols, tile.n),)](
@@ -278,6 +278,7 @@ def _pair_products(
     some = q_p < num_pairs
     a_p = a_ML + tl.load(rows + q_p, mask=some, other=0) * length
     b_p = b_BL + tl.load(cols + q_p, mask=some, other=0) * length
+    out_p = out_SQ + q_p
     for j in tl.static_range(0, len(STARTS) - 1):
         sum_pk = tl.zeros((PAIRS, NUMBERS), tl.float64)
         for start in range(STARTS[j], STARTS[j + 1], NUMBERS):
@@ -285,4 +286,5 @@ def _pair_products(
             mask = some[:, None] & (k < STARTS[j + 1])[None, :]
             a_pk = tl.load(a_p[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float64)
             sum_pk += a_pk * tl.load(b_p[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float64)
-        tl.store(out_SQ + j * num_pairs.to(tl.int64) + q_p, tl.sum(sum_pk, axis=1), mask=some)
+        tl.store(out_p, tl.sum(sum_pk, axis=1), mask=some)
+        out_p += num_pairs  # S Q may be above 2^31

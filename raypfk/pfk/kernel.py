@@ -3,7 +3,6 @@
 Shapes: M centers, B pool images, L = sum of L_j descriptor length, Q pairs.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,8 +77,8 @@ class Kernel:
         if isinstance(self.weight, str):
             return scale_weights(self.lengths, self.weight)
         check_lengths(self.lengths)
-        if len(self.weight) != len(self.lengths) or not all(0 <= w < math.inf for w in self.weight):
-            raise ValueError(f"expected {len(self.lengths)} weights of 0 or more, got {self.weight}")
+        if len(self.weight) != len(self.lengths) or not all(w == 0 or 1e-12 <= w <= 1e12 for w in self.weight):
+            raise ValueError(f"expected {len(self.lengths)} weights, each 0 or 1e-12 to 1e12, got {self.weight}")
         return tuple(map(float, self.weight))
 
     @cached_property

@@ -136,13 +136,27 @@ def _int8_products_are_exact() -> bool:
     """Whether sums of int8 products are whole: without VNNI instructions, oneDNN adds pairs of them up to 32,767."""
     codes = torch.randint(-127, 128, (TILE_POOL, 513), generator=torch.Generator().manual_seed(0))
     codes[:64], codes[64:128] = 127, codes[64:128].sign() * 127
-    low, exact = codes.to(torch.int8), codes.double() @ codes.double().T
     try:
-        return torch.equal(torch._int_mm(low, low.T).double(), exact) and torch.equal(
-            torch._int_mm(low[:1], low.T).double(), exact[:1]
-        )
+        return all(_is_exact(codes[:b, :length], codes[:, :length]) for b in (1, TILE_POOL) for length in (1, 2, 513))
     except (RuntimeError, AttributeError):
         return False
+
+
+def _is_exact(x_bl: Tensor, y_ml: Tensor) -> bool:
+    exact_bm = x_bl.double() @ y_ml.double().T
+    out_bm = torch.full(exact_bm.shape, -1, dtype=torch.int32)
+    torch._int_mm(x_bl.to(torch.int8), _transposed(y_ml.to(torch.int8)), out=out_bm)
+    return torch.equal(out_bm.double(), exact_bm)
+
+
+def _transposed(codes_ml: Tensor) -> Tensor:
+    """(l, m), to multiply by. Of one column with strides (1, 1), oneDNN's int8 products are never written."""
+    codes_lm = codes_ml.contiguous().T
+    return (
+        codes_lm
+        if len(codes_lm) > 1
+        else torch.empty_like(codes_lm, memory_format=torch.contiguous_format).copy_(codes_lm)
+    )
 
 
 def round_to(kernel: Kernel, precision: Precision, part: Descriptors) -> Rounded:
@@ -182,7 +196,7 @@ def _round_rows(of: Layout, part: Descriptors, codes_NP: Tensor, steps_N: Tensor
 
 class Bounds(NamedTuple):
     """A pair is out if S < alpha_m unit_n - beta_m shift_n, S the sum (`pfk`: root of the sum of squares) of its
-    products of codes; float32. No other pair is."""
+    products of codes; float32."""
 
     alpha_M: Tensor
     beta_M: Tensor
@@ -208,7 +222,8 @@ def _bounds_by_one(kernel: Kernel, centers: Rounded, pool: Rounded, floor_M: Ten
     """Where S is the sum of sqrt(w_j) |q_j|, q_j the products of z alone, or of g: pfk <= sum_j w_j |rz_j|."""
     of = layout(kernel, floor_M.is_cuda)
     (reach_G, reached_G), root_G = _reach(of, centers), floor_M.new_tensor(of.roots)
-    of_center_M, of_image_B = (root_G * reach_G) @ _of_groups(of, centers), (root_G * reached_G) @ _of_groups(of, pool)
+    of_center_M = ((root_G * reach_G)[:, None] * _of_groups(of, centers)).sum(0)
+    of_image_B = ((root_G * reached_G)[:, None] * _of_groups(of, pool)).sum(0)
     limit_M = _limit(kernel, floor_M) / MAX_LENGTH**2
     return _in_codes(centers, pool, limit_M, of_center_M, of_image_B, factor_B)
 
@@ -244,7 +259,7 @@ def _of_groups(of: Layout, part: Rounded) -> Tensor:
 
 
 def _length(x_GN: Tensor) -> Tensor:
-    return x_GN.square().sum(0).sqrt()
+    return x_GN.double().square().sum(0).sqrt().float()  # small weights' squares are too small for float32
 
 
 def _reach(of: Layout, centers: Rounded) -> tuple[Tensor, Tensor]:
@@ -295,12 +310,13 @@ def survivors(
     """
     capacity = len(floor_M) * len(pool.steps_N) if capacity is None else capacity
     given = kernel, centers, pool, floor_M, factor_B
-    if floor_M.device.type == "cpu":
-        return _by_tiles(*given, capacity)
-    bounds = _bounds(*given)
-    if centers.precision != "float32" and fused.available(floor_M.device):
-        return _by_fused_kernel(layout(kernel, floor_M.is_cuda), centers, pool, bounds, capacity)
-    return _by_torch(layout(kernel, floor_M.is_cuda), centers, pool, bounds, capacity)
+    with torch.autocast(floor_M.device.type, enabled=False):  # half precision would break the bounds
+        if floor_M.device.type == "cpu":
+            return _by_tiles(*given, capacity)
+        of, bounds = layout(kernel, floor_M.is_cuda), _bounds(*given)
+        if centers.precision != "float32" and fused.available(floor_M.device):
+            return _by_fused_kernel(of, centers, pool, bounds, capacity)
+        return _by_torch(of, centers, pool, bounds, capacity)
 
 
 def _by_tiles(kernel, centers: Rounded, pool: Rounded, floor_M, factor_B, capacity: int) -> Pairs | None:
@@ -381,7 +397,7 @@ class _Products:
         or of whole groups."""
         columns = self._columns[which]
         if which not in self._transposed:
-            self._transposed[which] = [self._codes_mP[:, span].contiguous().T for span in columns]
+            self._transposed[which] = [_transposed(self._codes_mP[:, span]) for span in columns]
         outs = self._outs if len(images_bP) == TILE_POOL else self._products[:, : len(images_bP)]
         for span, centers_lm, out_bm in zip(columns, self._transposed[which], outs, strict=True):
             self._multiply(images_bP[:, span], centers_lm, out=out_bm)

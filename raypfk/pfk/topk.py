@@ -249,8 +249,9 @@ class TopK:
                 found = self._scan(some)
                 if found is None:
                     self._wary = 2 * (seen + len(part.keys))  # floors will hardly be higher before that
-            if found is None:
-                found = self._scan(some.rounded_to(scan.fallback(some.rows.device)))
+            fallback = scan.fallback(some.rows.device)
+            if found is None and not (some.low_pool and some.low_pool.precision == fallback):
+                found = self._scan(some.rounded_to(fallback))
             if found is None:
                 self._settle_all(some)
             else:

@@ -145,6 +145,17 @@ def test_pair_products_are_those_of_the_matrices(interpreted, lengths, q, seed):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 
+@needs_triton
+def test_many_groups_let_all_in_rather_than_miss_one(interpreted):
+    """So many roundings of the sums that they say nothing any more."""
+    codes = torch.ones(2, 300 * fused.CHUNK, dtype=torch.int8)
+    ends = tuple(fused.CHUNK * (i + 1) for i in range(300))
+    for alpha in (-1e5, 1.0):
+        bounds = torch.full((2,), alpha), torch.zeros(2), torch.ones(2)
+        words = interpreted("survivors", codes, codes, ends, True, *bounds, SMALL)
+        assert words[:, 0].tolist() == [3, 3]
+
+
 def test_bits_become_pairs_in_order():
     """Also the 32nd bit, the sign; and no more than asked for."""
     words = torch.tensor([[0, 1 << 5, -(1 << 31)], [0, 0, 0], [3, 0, 0]], dtype=torch.int32)
@@ -233,10 +244,11 @@ def test_on_a_gpu_pair_products_are_those_of_the_matrices():
     """Compiled, beside torch's sparse product."""
     lengths = (256, 1, 511)
     a, b, spans = vectors(300, lengths, 0), vectors(900, lengths, 1), Kernel("pcc", lengths).spans
-    rows, cols = (torch.randint(x, (10_001,), generator=torch.Generator().manual_seed(x)) for x in (300, 900))
-    expected = torch.stack([(a[:, s].double() @ b[:, s].double().T)[rows, cols] for s in spans])
-    got = fused.pair_products(a.cuda(), b.cuda(), spans, rows.cuda(), cols.cuda()).cpu()
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+    for q in (1, 2, 10_001):  # Triton compiles another kernel where a number is 1
+        rows, cols = (torch.randint(x, (q,), generator=torch.Generator().manual_seed(x)) for x in (300, 900))
+        expected = torch.stack([(a[:, s].double() @ b[:, s].double().T)[rows, cols] for s in spans])
+        got = fused.pair_products(a.cuda(), b.cuda(), spans, rows.cuda(), cols.cuda()).cpu()
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 
 @needs_gpu

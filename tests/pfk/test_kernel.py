@@ -133,6 +133,6 @@ def test_weights_can_be_given():
     assert given.weights == (2.0, 3.0, 1.0) and given.error_bound() == kernel.error_bound()
     assert torch.equal(given.block(centers, centers), kernel.block(centers, centers))
     assert torch.equal(given.pairs(centers, centers, rows, rows), kernel.pairs(centers, centers, rows, rows))
-    for wrong in ((1.0, 2.0), (1.0, -1.0, 0.0), (1.0, float("nan"), 0.0), (1.0, float("inf"), 0.0)):
-        with pytest.raises(ValueError, match="expected 3 weights of 0 or more"):
+    for wrong in ((1.0, 2.0), (1.0, -1.0, 0.0), (1.0, float("nan"), 0.0), (1.0, float("inf"), 0.0), (1e-13, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="expected 3 weights, each 0 or 1e-12 to 1e12"):
             Kernel("pfk", (3, 4, 2), wrong)

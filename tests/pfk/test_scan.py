@@ -164,7 +164,7 @@ def test_lengths_see_what_is_not_a_number():
 def test_int8_products_that_saturate_are_found_out(monkeypatch):
     """As of a processor without VNNI: int8 is not offered, refused where asked for, and left out of the trial."""
     plain, kernel = torch._int_mm, Kernel("pcc", (64,))
-    monkeypatch.setattr(torch, "_int_mm", lambda x, y: plain(x, y).clamp(-(2**15), 2**15 - 1))
+    monkeypatch.setattr(torch, "_int_mm", lambda x, y, out: plain(x, y, out=out).clamp_(-(2**15), 2**15 - 1))
     scan._int8_products_are_exact.cache_clear()
     try:
         assert "int8" not in scan.supported(kernel, torch.device("cpu"))
@@ -176,6 +176,37 @@ def test_int8_products_that_saturate_are_found_out(monkeypatch):
         monkeypatch.undo()
         scan._int8_products_are_exact.cache_clear()
     assert "int8" not in scan.supported(Kernel("pcc", (scan.LONGEST_INT8 + 1,)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_of_one_number_are_multiplied_too(name):
+    """oneDNN leaves int8 products of one column unwritten, for some strides: whatever was in memory would count."""
+    kernel, torch_empty = Kernel(name, (1, 8), "equal"), torch.empty
+
+    def dirty(*shape, **options):
+        x = torch_empty(*shape, **options)
+        return x.fill_(-(10**9)) if x.dtype == torch.int32 else x
+
+    part = Descriptors(*(torch.nn.functional.pad(torch.rand(300, 1) * 2 - 1, (0, 8)) for _ in range(2)))
+    scores = kernel.block(*[part.to(torch.float64)] * 2)
+    floor_M = scores.quantile(0.9, dim=1).float()
+    low = scan.round_to(kernel, SUPPORTED[-1], part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", dirty)
+        patch.setattr(scan, "ONE_BY_ONE", 1.0)
+        rows, cols = scan.survivors(kernel, low, low, floor_M)
+    wanted = {tuple(pair) for pair in (scores >= floor_M[:, None]).nonzero().tolist()}
+    assert wanted <= set(zip(rows.tolist(), cols.tolist(), strict=True))
+
+
+def test_autocast_changes_nothing():
+    """A caller's half precision: the bounds are of what is computed here."""
+    kernel, part = Kernel("pfk", (40, 24)), descriptors(200, (40, 24), 3)
+    for precision in SUPPORTED:
+        low, floor_M = scan.round_to(kernel, precision, part), torch.full((200,), 20.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = scan.survivors(kernel, low, low, floor_M)
+        assert all(torch.equal(x, y) for x, y in zip(got, scan.survivors(kernel, low, low, floor_M), strict=True))
 
 
 def test_a_product_above_1_rounded_to_bfloat16_is_within_its_bound():
