@@ -36,7 +36,7 @@ DENSE_CENTERS, DENSE_POOL = 8192, 4096  # where torch scores whole tiles: memory
 ROWS = 1 << 14  # rounded at once by torch: memory
 ONE_BY_ONE = 1 / 32  # of a tile's pairs whose second factor may be computed one by one
 U_BFLOAT16 = 2.0**-8
-TRIALS = 4  # of each precision, to find the fastest
+TRIALS = 3  # of each precision, to find the fastest
 LONGEST_INT8 = (2**31 - 1) // 127**2  # numbers of a group: their products' sum fits int32
 LARGEST = 1e37  # of a floor: infinity less infinity is none
 SLACK = 2.0**-18  # relative; of what is itself computed in float32
@@ -454,7 +454,7 @@ def fallback(device: torch.device) -> Precision:
 def _fastest_on_cpu(kernel: Kernel, threads: int) -> Precision:
     """By trial: some milliseconds, once per kernel and process."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TILE_POOL, sum(kernel.lengths), generator=generator)
+    x = torch.randn(4 * TILE_POOL, sum(kernel.lengths), generator=generator)
     part = Descriptors(x / x.norm(dim=1, keepdim=True), x / x.norm(dim=1, keepdim=True))
     precisions = supported(kernel, x.device)
     seconds = [[_seconds(kernel, precision, part) for precision in precisions] for _ in range(TRIALS)]  # in turns
