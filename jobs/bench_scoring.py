@@ -163,11 +163,13 @@ def _peers(pipe, setting: Setting) -> None:
         pipe.send((timed(search) if search else None, timed(products)))
 
 
-def timed(action) -> float:
-    """Seconds, after a go that brings all into the caches."""
+def timed(action, wait=lambda: None) -> float:
+    """Seconds, after a go that brings all into the caches; `wait` returns when a device is done."""
     action()
+    wait()
     start = time.perf_counter()
     action()
+    wait()
     return time.perf_counter() - start
 
 
@@ -226,7 +228,7 @@ def speed_on_gpu(setting: Setting, pool: int, turns: int = 3) -> dict:
     seconds = {name: [] for name in actions}
     for _ in range(turns):
         for name, (action, n) in actions.items():
-            seconds[name].append(timed_on_gpu(action) * pool / n)
+            seconds[name].append(timed(action, torch.cuda.synchronize) * pool / n)
     median = {name: sorted(x)[turns // 2] for name, x in seconds.items()}
     pairs, operations = setting.centers * pool, 4 * sum(setting.kernel.lengths)
     used = max(scan.PRECISIONS, key=lambda p: counts.get(p, 0))
@@ -246,15 +248,6 @@ def speed_on_gpu(setting: Setting, pool: int, turns: int = 3) -> dict:
         "precision": used, "seconds": round(median["figure"], 4), "share_of_bfloat16_peak": round(share, 3),
         "peak_mib": torch.cuda.max_memory_allocated() >> 20,
     }  # fmt: skip
-
-
-def timed_on_gpu(action) -> float:
-    action()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _unfused(setting: Setting, centers: Descriptors, images: Descriptors):

@@ -189,12 +189,6 @@ def _sum_of_sizes(products_Gbm, roots_G, b, out_m):
 
 
 @_compiled
-def _numbers(r_m, out_m):
-    for i in range(len(out_m)):
-        out_m[i] = np.float32(r_m[i])
-
-
-@_compiled
 def _less_edge(above_m, bounds, row, n, squared):
     # Subtracts alpha_m unit_n - beta_m shift_n, or its square with its sign; the number that are not below 0 then.
     alpha_m, beta_m = bounds[0][row : row + len(above_m)], bounds[1][row : row + len(above_m)]

@@ -152,11 +152,9 @@ def _is_exact(x_bl: Tensor, y_ml: Tensor) -> bool:
 def _transposed(codes_ml: Tensor) -> Tensor:
     """(l, m), to multiply by. Of one column with strides (1, 1), oneDNN's int8 products are never written."""
     codes_lm = codes_ml.contiguous().T
-    return (
-        codes_lm
-        if len(codes_lm) > 1
-        else torch.empty_like(codes_lm, memory_format=torch.contiguous_format).copy_(codes_lm)
-    )
+    if len(codes_lm) > 1:
+        return codes_lm
+    return torch.empty_like(codes_lm, memory_format=torch.contiguous_format).copy_(codes_lm)
 
 
 def round_to(kernel: Kernel, precision: Precision, part: Descriptors) -> Rounded:
@@ -345,10 +343,11 @@ class _Search:
         if not self._layout.squared:
             return
         self._roots, self._parts = np.array(self._layout.roots, dtype=np.float32), _arrays(_parts(*given))
-        self._codes, self._columns = _arrays((centers.codes_NP, pool.codes_NP)), np.empty((0, 2), dtype=np.int64)
+        self._codes, self._again = _arrays((centers.codes_NP, pool.codes_NP)), np.empty((0, 2), dtype=np.int64)
         if centers.precision == "int8":
             self._firsts, self._by_one = [0, 1], _arrays(_bounds_by_one(*given))
-            self._columns = np.array([(x.start, x.stop) for x in self._layout.halves(0)])
+            self._halves = [np.array([(x.start, x.stop) for x in self._layout.halves(which)]) for which in (0, 1)]
+            self._again = self._halves[0]
 
     def tile(self, tile: "_Products", images: Tensor, col: int, found: int) -> int:
         """Appends to the pairs; the number of all, or -1 when they do not fit."""
@@ -357,12 +356,12 @@ class _Search:
             return loops.survivors(tile.of(images)[0], len(images), self._bounds, *place)
         while self._firsts:
             first = self._firsts[0]
-            others = np.array([(x.start, x.stop) for x in self._layout.halves(1 - first)])
+            others = self._halves[1 - first]
             now = self._squares(tile.of(images, first), len(images), first, self._by_one, others, *place, few)
             if now != loops.TOO_MANY:
                 return now
             self._firsts = self._firsts[1:]
-        return self._squares(tile.of(images), len(images), loops.BOTH, self._bounds, self._columns, *place, 1 << 62)
+        return self._squares(tile.of(images), len(images), loops.BOTH, self._bounds, self._again, *place, 1 << 62)
 
     def _squares(self, products, count: int, which: int, bounds, columns, *place) -> int:
         given = self._roots, bounds, self._parts, columns, *self._codes
