@@ -2,7 +2,8 @@
 
 Beside int8 matrix products, every further pass over their results costs as much as a tenth of them.
 Each function here does what a few lines of torch say elsewhere, named in its docstring; the tests hold them together.
-Loops run over contiguous slices, and sums may be reordered: both let the compiler use vector instructions.
+Loops run over contiguous slices, and sums may be reordered: both let the compiler use vector instructions. Numba takes
+sums and products of small integers for int64, of which few fit a vector: they are cast back.
 
 Shapes: N descriptors, each a row of P codes in G groups, made of T vectors (scan.Layout); M centers, B pool images, Q
 pairs, S scales; m and b as many of them as a tile holds.
@@ -13,7 +14,7 @@ from numba import njit
 
 MAX_LENGTH = 1.001  # of a standardised scale, also where it was stored as float16
 FAST = {"reassoc", "contract", "arcp", "nsz"}  # sums in any order; NaN and infinity stay what they are
-ONE, HALF, OFFSET = np.float32(1), np.float32(128.5), np.int32(128)
+HALF, OFFSET = np.float32(128.5), np.int32(128)
 FULL, TOO_MANY = -1, -2
 BOTH = 2
 LARGEST, SIGN_OFF = np.float32(127), np.int32(0x7FFFFFFF)
@@ -48,27 +49,21 @@ def round_to_int8(z_NL, g_NL, places_T4, factors_T, least, codes_NP, steps_N, er
     places_T4: of each vector whether it is of g, where it starts and stops, and its column among the codes.
     """
     bits, largest = (z_NL.view(np.int32), g_NL.view(np.int32)), np.empty(1, np.int32)
-    row_P = np.empty(codes_NP.shape[1], np.float32)
     for n in range(len(codes_NP)):
         most = np.float32(0)
         for t in range(len(places_T4)):
-            which, start, stop, column = places_T4[t]
+            which, start, stop, _ = places_T4[t]
             x_l = g_NL[n, start:stop] if which else z_NL[n, start:stop]
             bits_l = bits[1][n, start:stop] if which else bits[0][n, start:stop]
             lengths_TN[t, n], largest[0] = np.sqrt(_square(x_l)), _largest(bits_l)
             most = max(most, largest.view(np.float32)[0] * factors_T[t])
-            _scaled(x_l, factors_T[t], row_P[column : column + stop - start])
         step = max(most / LARGEST, least)
         steps_N[n] = step
         for t in range(len(places_T4)):
-            columns = slice(places_T4[t, 3], places_T4[t, 3] + places_T4[t, 2] - places_T4[t, 1])
-            errors_TN[t, n] = np.sqrt(_round_row(row_P[columns], codes_NP[n, columns], step))
-
-
-@_compiled
-def _scaled(x_l, factor, out_l):
-    for i in range(len(x_l)):
-        out_l[i] = x_l[i] * factor
+            which, start, stop, column = places_T4[t]
+            x_l = g_NL[n, start:stop] if which else z_NL[n, start:stop]
+            codes_l = codes_NP[n, column : column + stop - start]
+            errors_TN[t, n] = np.sqrt(_round_row(x_l, factors_T[t], codes_l, step))
 
 
 @_compiled
@@ -76,17 +71,17 @@ def _largest(bits_l):
     # Without their sign, floats are in the order of their bits; and integers vectorise, where a NaN could be a float.
     largest = np.int32(0)
     for i in range(len(bits_l)):
-        largest = max(largest, bits_l[i] & SIGN_OFF)
+        largest = max(largest, np.int32(bits_l[i] & SIGN_OFF))
     return largest
 
 
 @_compiled
-def _round_row(x_l, codes_l, step):
-    inverse, square = ONE / step, np.float32(0)
+def _round_row(x_l, factor, codes_l, step):
+    inverse, square = factor / step, np.float32(0)
     for i in range(len(x_l)):
-        code = np.int32(x_l[i] * inverse + HALF) - OFFSET
+        code = np.int32(np.int32(x_l[i] * inverse + HALF) - OFFSET)
         codes_l[i] = code
-        rest = x_l[i] - np.float32(code) * step
+        rest = x_l[i] * factor - np.float32(code) * step
         square += rest * rest
     return square
 
@@ -98,16 +93,15 @@ def survivors(products_bm, images, bounds, row, col, pairs_2C, found):
     products_bm: int32 or float32, of which `images` rows count; row, col: the tile's first center and image; pairs_2C:
     int32, `found` of them taken. Returns `FULL` when they do not fit.
     """
-    above_m = np.empty(products_bm.shape[1], np.float32)
+    of_tile, memory = _of_tile(bounds, row, products_bm.shape[1]), _memory(products_bm.shape[1])
+    above_m, hits_m = memory[0], memory[3]
     for b in range(images):
         for i in range(len(above_m)):
             above_m[i] = np.float32(products_bm[b, i])
-        i = _next(above_m, _less_edge(above_m, bounds, row, col + b, False), 0)
-        while i < len(above_m):
-            found = _append(pairs_2C, found, row + i, col + b)
+        for h in range(_hits(of_tile, col + b, False, memory)):
+            found = _append(pairs_2C, found, row + hits_m[h], col + b)
             if found == FULL:
                 return FULL
-            i = _next(above_m, 1, i + 1)
     return found
 
 
@@ -121,24 +115,26 @@ def survivors_of_squares(
     z, is computed from the codes in columns_G2. Returns `TOO_MANY` where these are more than `most`. Where columns_G2
     is empty, as of codes that are not int8, they are not looked at again.
     """
-    above_m = np.empty(products_Gbm.shape[2], np.float32)
+    of_tile, memory = _of_tile(bounds, row, products_Gbm.shape[2]), _memory(products_Gbm.shape[2])
+    above_m, hits_m, given_G = memory[0], memory[3], np.empty(len(products_Gbm), np.int32)
     for b in range(images):
         n = col + b
         if given == BOTH:
             _sum_of_squares(products_Gbm, b, above_m)
         else:
             _sum_of_sizes(products_Gbm, roots_G, b, above_m)
-        i = _next(above_m, _less_edge(above_m, bounds, row, n, given == BOTH), 0)
-        while i < len(above_m):
-            most -= 1
-            if most < 0:
-                return TOO_MANY
-            given_G = products_Gbm[:, b, i]
-            if not len(columns_G2) or _reaches(given_G, given, parts, columns_G2, codes_MP, codes_BP, row + i, n):
-                found = _append(pairs_2C, found, row + i, n)
+        hits = _hits(of_tile, n, given == BOTH, memory)
+        most -= hits
+        if most < 0:
+            return TOO_MANY
+        for h in range(hits):
+            m = row + hits_m[h]
+            for j in range(len(given_G)):
+                given_G[j] = products_Gbm[j, b, hits_m[h]]
+            if not len(columns_G2) or _reaches(given_G, given, parts, columns_G2, codes_MP, codes_BP, m, n):
+                found = _append(pairs_2C, found, m, n)
                 if found == FULL:
                     return FULL
-            i = _next(above_m, 1, i + 1)
     return found
 
 
@@ -181,42 +177,56 @@ def _sum_of_squares(products_Gbm, b, out_m):
 
 @_compiled
 def _sum_of_sizes(products_Gbm, roots_G, b, out_m):
-    out_m[:] = 0
-    for j in range(len(roots_G)):
+    first_m, first = products_Gbm[0, b], roots_G[0]
+    for i in range(len(out_m)):
+        out_m[i] = first * abs(np.float32(first_m[i]))
+    for j in range(1, len(products_Gbm)):
         r_m, root = products_Gbm[j, b], roots_G[j]
         for i in range(len(out_m)):
             out_m[i] += root * abs(np.float32(r_m[i]))
 
 
 @_compiled
-def _less_edge(above_m, bounds, row, n, squared):
-    # Subtracts alpha_m unit_n - beta_m shift_n, or its square with its sign; the number that are not below 0 then.
-    alpha_m, beta_m = bounds[0][row : row + len(above_m)], bounds[1][row : row + len(above_m)]
-    unit, shift, count = bounds[2][n], bounds[3][n], np.int32(0)
-    for i in range(len(above_m)):
-        edge = alpha_m[i] * unit - beta_m[i] * shift
-        above_m[i] -= edge * abs(edge) if squared else edge
-        count += np.int32(not (above_m[i] < 0))
-    return count
+def _of_tile(bounds, row, m):
+    # Slices count references, which costs as much as a hundred sums: they are made once a tile.
+    return bounds[0][row : row + m], bounds[1][row : row + m], bounds[2], bounds[3]
 
 
 @_compiled
-def _next(above_m, count, i):
-    # The first, from i on, that is not below 0, or m. Passes with vector instructions beat one without.
-    if not count:
-        return len(above_m)
-    above_k = above_m[i:]
-    first = np.int32(len(above_k))
-    for k in range(len(above_k)):
-        first = min(first, np.int32(k) if not (above_k[k] < 0) else np.int32(len(above_k)))
-    return i + first
+def _memory(m):
+    # Of a row's sums, of a mark in a byte for each, also as words of eight, and of where the marks are.
+    words_w = np.zeros((m + 7) // 8, np.uint64)
+    return np.empty(m, np.float32), words_w, words_w.view(np.uint8), np.empty(m, np.int32)
+
+
+@_compiled
+def _hits(bounds, n, squared, memory):
+    # Writes which are not below alpha_m unit_n - beta_m shift_n (or its square with its sign); returns their number.
+    alpha_m, beta_m, unit_B, shift_B = bounds
+    above_m, words_w, marks_m, hits_m = memory
+    unit, shift, count, found = unit_B[n], shift_B[n], np.int32(0), 0
+    for i in range(len(above_m)):
+        edge = alpha_m[i] * unit - beta_m[i] * shift
+        above_m[i] -= edge * abs(edge) if squared else edge
+        count = np.int32(count + np.int32(not (above_m[i] < 0)))
+    if not count:  # as in most rows
+        return count
+    for i in range(len(above_m)):
+        marks_m[i] = not (above_m[i] < 0)
+    for w in range(len(words_w)):
+        if words_w[w]:
+            for i in range(8 * w, min(8 * w + 8, len(above_m))):
+                if marks_m[i]:
+                    hits_m[found] = i
+                    found += 1
+    return count
 
 
 @_compiled
 def _code_product(x_l, y_l):
     total = np.int32(0)
     for i in range(len(x_l)):
-        total = np.int32(total + np.int32(np.int32(x_l[i]) * np.int32(y_l[i])))  # not int64, slow to multiply
+        total = np.int32(total + np.int32(np.int16(np.int16(x_l[i]) * np.int16(y_l[i]))))
     return total
 
 

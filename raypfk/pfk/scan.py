@@ -36,7 +36,8 @@ DENSE_CENTERS, DENSE_POOL = 8192, 4096  # where torch scores whole tiles: memory
 ROWS = 1 << 14  # rounded at once by torch: memory
 ONE_BY_ONE = 1 / 32  # of a tile's pairs whose second factor may be computed one by one
 U_BFLOAT16 = 2.0**-8
-TRIALS = 3  # of each precision, to find the fastest
+TRIALS = ((TILE_POOL, 2.0), (4 * TILE_POOL, 1.0))  # of precisions: images, and how much slower than the best may stay
+TURNS = 3
 LONGEST_INT8 = (2**31 - 1) // 127**2  # numbers of a group: their products' sum fits int32
 LARGEST = 1e37  # of a floor: infinity less infinity is none
 SLACK = 2.0**-18  # relative; of what is itself computed in float32
@@ -79,9 +80,9 @@ class Layout:
         """Of int8, for vectors that are next to 0: so that their error counts little beside the others'."""
         return max(self.lengths_G) * 2.0**-22 or 1.0
 
-    def halves(self, which: int) -> list[slice]:
-        """The columns of z (0) or g (1) of each group, for `pfk`."""
-        return [v.columns for v in self.vectors if v.which == which]
+    def columns(self, which: int) -> list[slice]:
+        """The columns of each group; for `pfk` also those of its z (0) or of its g (1) alone."""
+        return list(self.groups) if which == loops.BOTH else [v.columns for v in self.vectors if v.which == which]
 
 
 @lru_cache(maxsize=64)
@@ -324,9 +325,10 @@ def _by_tiles(kernel, centers: Rounded, pool: Rounded, floor_M, factor_B, capaci
     of = layout(kernel, on_gpu=False)
     memory = _Products.memory(of, centers, min(TILE_CENTERS, m))
     tiles = [_Products(of, centers, row, min(TILE_CENTERS, m - row), memory) for row in range(0, m, TILE_CENTERS)]
-    for i, images in enumerate(pool.codes_NP.split(TILE_POOL)):
+    for col in range(0, len(pool.steps_N), TILE_POOL):
+        images = _Images(of, pool.codes_NP[col : col + TILE_POOL], col)
         for tile in tiles:
-            found = search.tile(tile, images, i * TILE_POOL, found)
+            found = search.tile(tile, images, found)
             if found < 0:
                 return None
     rows, cols = pairs[:, :found].long()
@@ -346,22 +348,22 @@ class _Search:
         self._codes, self._again = _arrays((centers.codes_NP, pool.codes_NP)), np.empty((0, 2), dtype=np.int64)
         if centers.precision == "int8":
             self._firsts, self._by_one = [0, 1], _arrays(_bounds_by_one(*given))
-            self._halves = [np.array([(x.start, x.stop) for x in self._layout.halves(which)]) for which in (0, 1)]
+            self._halves = [np.array([(x.start, x.stop) for x in self._layout.columns(which)]) for which in (0, 1)]
             self._again = self._halves[0]
 
-    def tile(self, tile: "_Products", images: Tensor, col: int, found: int) -> int:
+    def tile(self, tile: "_Products", images: "_Images", found: int) -> int:
         """Appends to the pairs; the number of all, or -1 when they do not fit."""
-        place, few = (tile.row, col, self._pairs_2C, found), int(len(images) * tile.num_centers * ONE_BY_ONE)
+        place, few = (tile.row, images.col, self._pairs_2C, found), int(images.count * tile.num_centers * ONE_BY_ONE)
         if not self._layout.squared:
-            return loops.survivors(tile.of(images)[0], len(images), self._bounds, *place)
+            return loops.survivors(tile.of(images)[0], images.count, self._bounds, *place)
         while self._firsts:
             first = self._firsts[0]
             others = self._halves[1 - first]
-            now = self._squares(tile.of(images, first), len(images), first, self._by_one, others, *place, few)
+            now = self._squares(tile.of(images, first), images.count, first, self._by_one, others, *place, few)
             if now != loops.TOO_MANY:
                 return now
             self._firsts = self._firsts[1:]
-        return self._squares(tile.of(images), len(images), loops.BOTH, self._bounds, self._again, *place, 1 << 62)
+        return self._squares(tile.of(images), images.count, loops.BOTH, self._bounds, self._again, *place, 1 << 62)
 
     def _squares(self, products, count: int, which: int, bounds, columns, *place) -> int:
         given = self._roots, bounds, self._parts, columns, *self._codes
@@ -370,6 +372,18 @@ class _Search:
 
 def _arrays(tensors: Iterable[Tensor]) -> tuple[np.ndarray, ...]:
     return tuple((x if x.dtype != torch.bfloat16 else x.float()).contiguous().numpy() for x in tensors)
+
+
+class _Images:
+    """A tile of the pool, whose columns are cut out once for all centers."""
+
+    def __init__(self, of: Layout, codes_bP: Tensor, col: int):
+        self.col, self.count, self._layout, self._codes_bP, self._cut = col, len(codes_bP), of, codes_bP, {}
+
+    def columns(self, which: int) -> list[Tensor]:
+        if which not in self._cut:
+            self._cut[which] = [self._codes_bP[:, span] for span in self._layout.columns(which)]
+        return self._cut[which]
 
 
 class _Products:
@@ -383,23 +397,21 @@ class _Products:
         return products, products.float() if dtype == torch.bfloat16 else products
 
     def __init__(self, of: Layout, centers: Rounded, row: int, m: int, memory: tuple[Tensor, Tensor]):
-        self.row, self.num_centers = row, m
-        self._columns = {None: of.groups} | ({0: of.halves(0), 1: of.halves(1)} if of.squared else {})
+        self.row, self.num_centers, self._layout = row, m, of
         self._codes_mP, self._transposed = centers.codes_NP[row : row + m], {}
         shape = (len(of.groups), TILE_POOL, m)
         self._products, self._result = (x[: prod(shape)].view(shape) for x in memory)
         self._multiply = torch._int_mm if self._products.dtype == torch.int32 else torch.mm
         self._outs, self._array = list(self._products), self._result.numpy()
 
-    def of(self, images_bP: Tensor, which: int | None = None) -> np.ndarray:
-        """(G, TILE_POOL, m) int32 or float32, of which as many rows count as there are images; of z or g alone (0, 1),
-        or of whole groups."""
-        columns = self._columns[which]
+    def of(self, images: _Images, which: int = loops.BOTH) -> np.ndarray:
+        """(G, TILE_POOL, m) int32 or float32, of which as many rows count as there are images; of whole groups, or of
+        z or g alone (0, 1)."""
         if which not in self._transposed:
-            self._transposed[which] = [_transposed(self._codes_mP[:, span]) for span in columns]
-        outs = self._outs if len(images_bP) == TILE_POOL else self._products[:, : len(images_bP)]
-        for span, centers_lm, out_bm in zip(columns, self._transposed[which], outs, strict=True):
-            self._multiply(images_bP[:, span], centers_lm, out=out_bm)
+            self._transposed[which] = [_transposed(self._codes_mP[:, x]) for x in self._layout.columns(which)]
+        outs = self._outs if images.count == TILE_POOL else self._products[:, : images.count]
+        for images_bl, centers_lm, out_bm in zip(images.columns(which), self._transposed[which], outs, strict=True):
+            self._multiply(images_bl, centers_lm, out=out_bm)
         if self._products.dtype == torch.bfloat16:
             self._result.copy_(self._products)
         return self._array
@@ -452,12 +464,16 @@ def fallback(device: torch.device) -> Precision:
 @lru_cache(maxsize=64)
 def _fastest_on_cpu(kernel: Kernel, threads: int) -> Precision:
     """By trial: some milliseconds, once per kernel and process."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4 * TILE_POOL, sum(kernel.lengths), generator=generator)
-    part = Descriptors(x / x.norm(dim=1, keepdim=True), x / x.norm(dim=1, keepdim=True))
-    precisions = supported(kernel, x.device)
-    seconds = [[_seconds(kernel, precision, part) for precision in precisions] for _ in range(TRIALS)]  # in turns
-    return min(precisions, key=lambda precision: min(turn[precisions.index(precision)] for turn in seconds))
+    near = list(supported(kernel, torch.device("cpu")))
+    for images, slower in TRIALS:
+        x = torch.randn(images, sum(kernel.lengths), generator=torch.Generator().manual_seed(0))
+        part = Descriptors(x / x.norm(dim=1, keepdim=True), x / x.norm(dim=1, keepdim=True))
+        turns = [[_seconds(kernel, precision, part) for precision in near] for _ in range(TURNS)]
+        seconds = [min(of_one) for of_one in zip(*turns, strict=True)]
+        near = [p for p, took in zip(near, seconds, strict=True) if took <= slower * min(seconds)]
+        if len(near) == 1:
+            break
+    return near[0]
 
 
 def _seconds(kernel: Kernel, precision: Precision, part: Descriptors) -> float:
