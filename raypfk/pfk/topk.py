@@ -18,6 +18,7 @@ from raypfk.pfk.kernel import Descriptors, Kernel, check_standardised
 
 HEAD = 4096  # images whose scores give an empty state its first floors
 SMALL = 1 << 22  # pairs for which low precision is not worth its preparation
+GROUP = 1 << 14  # pairs of a class's centers and voters that are scored one by one, with those of other classes
 BUDGET = {  # of a block's pairs that may be left to rescore; beside a GPU's products that is dear
     "cpu": {"int8": 1 / 16, "bfloat16": 1 / 16, "float32": 1 / 8},
     "cuda": {"int8": 1 / 400, "bfloat16": 1 / 32, "float32": 1 / 8},
@@ -153,24 +154,39 @@ class TopK:
         if votes is None:
             self._add(part)
         else:
-            votes = votes._replace(classes=votes.classes[fine_B], shares=votes.shares[fine_B])
-            of_center = votes.labels[part.rows]
-            for label in of_center.unique().tolist():
-                self._add_class(part.centers_of(of_center == label), votes, label)
+            self._add_voted(part, votes._replace(classes=votes.classes[fine_B], shares=votes.shares[fine_B]))
         self._seen += len(keys)
 
-    def _add_class(self, part: "_Part", votes: Votes, label: int) -> None:
+    def _add_voted(self, part: "_Part", votes: Votes) -> None:
         """The images with a vote for a class, to the centers of that class; the others all score 0 there."""
-        image, slot = ((votes.classes == label) & (votes.shares > 0)).nonzero(as_tuple=True)
-        few = len(part.rows) * len(image) < SMALL
-        scanned = replace(part, low_centers=None, low_pool=None) if few else part
-        self._add(replace(scanned.images(image), factor=votes.shares[image, slot].double() ** votes.gamma))
-        worst = self._floor(part.rows)
-        if (worst <= 0).any():  # a list that is not full of better ones has room for zeros, smallest keys first
-            silent = torch.ones_like(part.keys, dtype=torch.bool)
-            silent[image] = False
-            some = part.keys[silent].sort().values[: self._keys_MK.shape[1]]
-            open_R = part.rows[worst <= 0]
+        by_key, of_center = part.keys.argsort(), _groups(votes.labels[part.rows])
+        voter, slot = (votes.shares > 0).nonzero(as_tuple=True)
+        of_vote = _groups(votes.classes[voter, slot])
+        silent, few = [], [(by_key[:0], by_key[:0], votes.shares.new_empty(0, dtype=torch.float64))]
+        for label, center in of_center.items():
+            vote = of_vote.get(label, by_key[:0])
+            image, slot_of = voter[vote], slot[vote]
+            factor, pairs = votes.shares[image, slot_of].double() ** votes.gamma, len(center) * len(image)
+            if pairs <= GROUP:
+                few.append(
+                    (center.repeat_interleave(len(image)), image.repeat(len(center)), factor.repeat(len(center)))
+                )
+            else:
+                some = part.centers_of(center)
+                some = some if pairs >= SMALL else replace(some, low_centers=None, low_pool=None)
+                self._add(replace(some.images(image), factor=factor))
+            silent.append((center, image))
+        self._settle(part, *(torch.cat(x) for x in zip(*few, strict=True)))
+        for center, image in silent:
+            self._offer_zeros(part, center, image, by_key)
+
+    def _offer_zeros(self, part: "_Part", center: Tensor, voters: Tensor, by_key: Tensor) -> None:
+        """To centers whose list is not full of better ones: the images that are no voters, smallest keys first."""
+        open_R = part.rows[center[self._floor(part.rows[center]) <= 0]]
+        if len(open_R):
+            k = self._keys_MK.shape[1]
+            first = by_key[: k + len(voters)]
+            some = part.keys[first[~torch.isin(first, voters)][:k]]
             zeros = torch.zeros(len(open_R) * len(some), device=some.device)
             self._offer(open_R.repeat_interleave(len(some)), zeros, some.repeat(len(open_R)))
 
@@ -281,11 +297,14 @@ class TopK:
         k = self._keys_MK.shape[1]
         self._scores_MK[part.rows], self._keys_MK[part.rows] = _best(scores, keys, k)
 
-    def _settle(self, part: "_Part", rows: Tensor, cols: Tensor) -> None:
-        """Scores pairs (E,) exactly, and offers them."""
-        for r, c in zip(rows.split(self._sizes.entries), cols.split(self._sizes.entries), strict=True):
+    def _settle(self, part: "_Part", rows: Tensor, cols: Tensor, factor_E: Tensor | None = None) -> None:
+        """Scores pairs (E,) exactly, times `factor_E` or what the part's images have, and offers them."""
+        if factor_E is None and part.factor is not None:
+            factor_E = part.factor[cols]
+        for start in range(0, len(rows), self._sizes.entries):
+            some = slice(start, start + self._sizes.entries)
+            r, c, factor = rows[some], cols[some], None if factor_E is None else factor_E[some]
             self.counts["rescored"] += len(r)
-            factor = None if part.factor is None else part.factor[c]
             scores = part.kernel.exact_pairs(part.centers, part.pool, r, c, factor)
             self._offer(part.rows[r], scores, part.keys[c])
 
@@ -338,6 +357,13 @@ class _Part:
     def rounded_to(self, precision: scan.Precision) -> "_Part":
         centers, pool = (scan.round_to(self.kernel, precision, part) for part in (self.centers, self.pool))
         return replace(self, low_centers=centers, low_pool=pool)
+
+
+def _groups(labels_N: Tensor) -> dict[int, Tensor]:
+    """Of each label the rows that have it, in order."""
+    order = labels_N.argsort(stable=True)
+    found, counts = labels_N[order].unique_consecutive(return_counts=True)
+    return dict(zip(found.tolist(), order.split(counts.tolist()), strict=True))
 
 
 def _lengths(kernel: Kernel, part: Descriptors, rounded: scan.Rounded | None) -> Tensor:

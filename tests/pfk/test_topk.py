@@ -116,10 +116,12 @@ def test_votes_are_the_dense_scores_times_the_confidence(kernel, precision, m, n
             listed = [q for d, q in zip(classes[j].tolist(), shares[j].tolist(), strict=True) if d == votes.labels[i]]
             row[j] *= listed[0] ** gamma if listed else 0.0
     expected = best_of(rows, torch.arange(n), k)
-    top = TopK(m, k, precision=precision)
-    with small_tiles():
-        top.add(kernel, centers, pool, torch.arange(n), votes)
-    assert same(top.result(), expected)
+    for group in (0, 4, topk.GROUP):  # pairs of small groups are scored one by one
+        top = TopK(m, k, precision=precision)
+        with small_tiles(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(topk, "GROUP", group)
+            top.add(kernel, centers, pool, torch.arange(n), votes)
+        assert same(top.result(), expected)
 
 
 @pytest.mark.parametrize("fits", [*SUPPORTED, None])
