@@ -1,21 +1,25 @@
-"""Paths and filesystems. Every path is a string: a local path or any `pyarrow.fs` URI (`s3://bucket/key`).
+"""Paths and what lies there. Every path is a string: a local path, s3://bucket/key, or any `pyarrow.fs` URI.
 
-A write is seen whole or not at all: local files go through a temporary name and a rename, objects are built in
-memory and leave in one stream (closing a stream after an exception would publish half an object).
+A write is seen whole or not at all: local files go through a temporary name and a rename, objects leave in one request.
 """
 
 import hashlib
 import json
 import os
-import tempfile
+import reprlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raypfk.errors import UserError
+from raypfk.filesystems import Arrow, Entry, Filesystem, Local, NotAFile
+from raypfk.retry import GaveUp
 
 
 def is_remote(uri: str) -> bool:
@@ -32,32 +36,61 @@ def join(uri: str, *parts: str) -> str:
 
 
 @lru_cache(maxsize=32)
-def _filesystem(root: str) -> pafs.FileSystem:
-    # from_uri, because S3FileSystem() does not honour AWS_ENDPOINT_URL.
-    try:
-        return pafs.FileSystem.from_uri(root)[0]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{root}: not a place that can be read or written: {error}") from None
+def _filesystem(root: str) -> Filesystem:
+    if root.startswith("s3://"):
+        from raypfk.s3 import S3  # boto3 takes a third of a second: only where it is needed
+
+        return S3()
+    return Arrow(root) if root else Local()
 
 
-def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URI, and the path in it. UserError for a scheme that nothing answers to."""
+def resolve(uri: str) -> tuple[Filesystem, str]:
+    """The filesystem of a path or URI, and the path in it.
+
+    UserError for a scheme that nothing answers to, and for keys or options in an s3:// URI, which logs would show.
+    """
+    if "\0" in uri:
+        raise UserError(f"{uri!r}: expected a path or URI, found a NUL in it")
     if not is_remote(uri):
-        return _filesystem("file:///"), absolute(uri)
+        return _filesystem(""), absolute(uri)
     scheme, rest = uri.split("://", 1)
-    return _filesystem(f"{scheme}://{rest.split('/', 1)[0]}"), rest
+    host = rest.split("/", 1)[0]
+    if scheme == "s3" and (not host or "@" in host or ":" in host):
+        where = rest.rsplit("@", 1)[-1]
+        raise UserError(f"s3://{where}: expected s3://bucket/key; credentials come from the environment or a profile")
+    return _filesystem(f"{scheme}://{'' if scheme == 's3' else host}"), rest
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """What a user can mend, as UserError with the path."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{uri}: no such file") from None
+    except (IsADirectoryError, NotAFile) as error:
+        raise UserError(f"{uri}: expected a file, found {error.strerror.lower()}") from None
+    except PermissionError as error:
+        raise UserError(f"{uri}: {error.strerror or 'permission denied'}") from None
 
 
 def exists(uri: str) -> bool:
+    """Whether a file is there, or a folder with something in it."""
     fs, path = resolve(uri)
-    return fs.get_file_info(path).type != pafs.FileType.NotFound
+    with _named(uri):
+        return fs.size(path) is not None or fs.is_folder(path)
+
+
+def entries(uri: str, recursive: bool = False) -> Iterator[Entry]:
+    """What is directly below a folder, or all files below it, in any order; an absent folder has nothing."""
+    fs, path = resolve(uri)
+    with _named(uri):
+        yield from fs.list(path, recursive)
 
 
 def names(uri: str, suffix: str = "") -> list[str]:
     """Names of the files directly under `uri`, sorted; an absent folder has none."""
-    fs, path = resolve(uri)
-    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return sorted(i.base_name for i in infos if i.type == pafs.FileType.File and i.base_name.endswith(suffix))
+    return sorted(e.path for e in entries(uri) if not e.is_folder and e.path.endswith(suffix))
 
 
 def paths(uri: str, suffix: str = "") -> list[str]:
@@ -65,52 +98,72 @@ def paths(uri: str, suffix: str = "") -> list[str]:
     return [join(uri, name) for name in names(uri, suffix)]
 
 
-def read_bytes(uri: str) -> bytes:
+def fetch(uri: str) -> bytes:
+    """All of a file, in one request. Raises FileNotFoundError and PermissionError as they come."""
     fs, path = resolve(uri)
-    try:
-        with fs.open_input_file(path) as stream:
-            return stream.read()
-    except FileNotFoundError:
-        raise UserError(f"{uri}: no such file") from None
+    return fs.read(path)
+
+
+def fetch_range(uri: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file, in one request; errors as of `fetch`."""
+    fs, path = resolve(uri)
+    return fs.read_range(path, start, stop)
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[Any]:
+    """A file object that fetches what is read of it."""
+    fs, path = resolve(uri)
+    with _named(uri), fs.open(path) as stream:
+        yield stream
+
+
+def read_bytes(uri: str) -> bytes:
+    with _named(uri):
+        return fetch(uri)
 
 
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     """Write `data` so that `uri` holds all of it or what it held before."""
     fs, path = resolve(uri)
-    if is_remote(uri):
-        with fs.open_output_stream(path) as stream:
-            stream.write(data)
-        return
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with _named(uri):
+        fs.write(path, data)
 
 
 def delete(uri: str) -> None:
     """Remove a file or a folder with all it holds; nothing there is fine."""
     fs, path = resolve(uri)
-    kind = fs.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        fs.delete_dir(path)
-    elif kind == pafs.FileType.File:
-        fs.delete_file(path)
+    with _named(uri):
+        fs.delete(path) if fs.size(path) is not None else fs.delete_folder(path)
 
 
 def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
+    except RecursionError:
+        raise UserError(f"{uri}: expected JSON, found one nested too deep to be read") from None
     except ValueError as error:
         raise UserError(f"{uri}: expected JSON: {error}") from None
+
+
+def read_record(uri: str, fields: dict[str, type]) -> dict[str, Any]:
+    """A JSON object that has these fields, of these types. UserError that names the field which it has not."""
+    record = read_json(uri)
+    if not isinstance(record, dict):
+        raise UserError(f"{uri}: expected a JSON object, found {type(record).__name__}")
+    require(uri, record, fields)
+    return record
+
+
+def require(uri: str, record: dict[str, Any], fields: dict[str, type]) -> None:
+    """UserError that names `uri` and the first field that the record has not, or not of its type (int is a float)."""
+    for name, kind in fields.items():
+        if not isinstance(record.get(name), (int, float) if kind is float else kind):
+            came = reprlib.repr(record[name]) if name in record else "none"
+            raise UserError(f"{uri}: {name}: expected {_KINDS[kind]}, found {came}")
+
+
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -126,12 +179,12 @@ def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | N
     fs, path = resolve(uri)
     try:
         # Not pq.read_table: it takes "key=value" in a path for a column. Only the wanted columns' bytes are read.
-        with fs.open_input_file(path) as stream:
+        with _named(uri), fs.open(path) if wanted else pa.BufferReader(fs.read(path)) as stream:
             table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=wanted)
-    except FileNotFoundError:
-        raise UserError(f"{uri}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{uri}: expected a whole Parquet file: {error}") from None
+    except GaveUp:
+        raise
+    except UNREADABLE as error:
+        raise not_parquet(uri, error) from None
     missing = [name for name in wanted or [] if name not in table.column_names]
     if missing:
         raise UserError(f"{uri}: no column {missing[0]!r}; expected {wanted}, found {table.column_names}")
@@ -141,6 +194,41 @@ def read_table(uri: str, columns: list[str] | None = None, schema: pa.Schema | N
             if came != schema.field(name).type:
                 raise UserError(f"{uri}: column {name!r} is {came}, expected {schema.field(name).type}")
     return table
+
+
+UNREADABLE = (pa.ArrowException, OSError, KeyError)
+"""What pyarrow raises of a damaged or strange Parquet file."""
+
+
+def not_parquet(uri: str, error: Exception) -> UserError:
+    return UserError(f"{uri}: expected a whole Parquet file: {' '.join(str(error).split())}")
+
+
+def table_shape(uri: str) -> tuple[list[str], int]:
+    """Names of a Parquet file's columns, and how many rows it has. UserError if it is none."""
+    try:
+        with opened(uri) as stream, pq.ParquetFile(stream) as file:
+            return file.schema_arrow.names, file.metadata.num_rows
+    except GaveUp:
+        raise
+    except UNREADABLE as error:
+        raise not_parquet(uri, error) from None
+
+
+def read_rows(uri: str, column: str, rows: list[int]) -> pa.ChunkedArray:
+    """Some rows of a column, in the order asked for; of their row groups all is fetched. Errors as of `fetch`."""
+    fs, path = resolve(uri)
+    with fs.open(path) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
+        ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+        groups = sorted({bisect_right(ends, row) for row in rows})
+        table = file.read_row_groups(groups, [column])
+    # Where a group's rows are among those that were read.
+    starts = [0, *ends]
+    shift, before = {}, 0
+    for group in groups:
+        shift[group] = before - starts[group]
+        before += ends[group] - starts[group]
+    return table[column].take(pa.array([row + shift[bisect_right(ends, row)] for row in rows], pa.int64()))
 
 
 def encode_table(table: pa.Table, compression: str | dict[str, str] = "zstd", **options: Any) -> pa.Buffer:
