@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 
-from raypfk import progress, store
+from raypfk import lease, progress, store
 from raypfk.config import Config
 from raypfk.errors import UserError
 from raypfk.run import Run, open_pool
@@ -32,13 +32,13 @@ def run(config: Config, out: str) -> Run:
     out = store.absolute(out)
     if store.exists(store.join(out, "run.json")):
         Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
-    pool = open_pool(config, out)
-    this = Run.create_or_open(config, out, pool)
-    for number in range(config.rounds + 1):
-        if number and not images_left(this, number):
-            progress.current().say(f"the pool is exhausted after round {number - 1}")
-            break
-        do_round(this, number)
+    with lease.held(out):
+        this = Run.create_or_open(config, out, open_pool(config, out))
+        for number in range(config.rounds + 1):
+            if number and not images_left(this, number):
+                progress.current().say(f"the pool is exhausted after round {number - 1}")
+                break
+            do_round(this, number)
     return this
 
 
@@ -56,6 +56,13 @@ def do_stage(run: Run, number: int, stage: str) -> bool:
     if run.done(number, stage):
         return False
     _require_earlier(run, number, stage)
+    with lease.held(run.uri):
+        return _do(run, number, stage)
+
+
+def _do(run: Run, number: int, stage: str) -> bool:
+    if run.done(number, stage):  # by the driver that was waited for
+        return False
     start = time.perf_counter()
     facts = pretrain(run) if number == 0 else STAGES[stage](run, number)
     facts = {"seconds": round(time.perf_counter() - start, 3), **facts}
