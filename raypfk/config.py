@@ -1,12 +1,13 @@
 """What a run is: one YAML file, strictly validated into these objects.
 
 A field's docstring stands beside it. Everything is part of the run's identity (the same run directory with another
-value is refused) but `rounds`, which may grow, and `resources`, which never change what is selected.
+value is refused) but `rounds`, which may grow, `resources` and `data.max_rejects`, which never change what is selected,
+and how a training is spread and kept (`SPREAD`), which must follow the machines that are there.
 """
 
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+import reprlib
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,15 +15,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from raypfk import store
 from raypfk.errors import UserError
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Share = int | float
 """A number of images (int) or a share of what is there (float in (0, 1))."""
 
+LONGEST = 1 << 20
+"""Bytes of a configuration."""
+MOST_ALIASES = 32
 STRATEGIES = ("pfk", "pfk-sum", "pcc", "random")
 
 
+Model = TypeVar("Model", bound=BaseModel)
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ImbalanceConfig(Section):
@@ -41,17 +48,39 @@ class ImbalanceConfig(Section):
         return self
 
 
+class ColumnsConfig(Section):
+    """Names in tables of images: sources `parquet` and `manifest`."""
+
+    image: str = "image"
+    """`parquet`: encoded images."""
+    uri: str = "uri"
+    """`manifest`: where an image lies; a relative path is relative to the manifest."""
+    id: str | None = None
+    """null: `image_id`, if a manifest has it; else the file's path and the row (`parquet`), or the URI (`manifest`)."""
+    label: str | None = None
+    """Class names or indices; null: `label`, if it is there."""
+
+
+FILES = ("folder", "webdataset", "parquet", "manifest")
+
+
 class DataConfig(Section):
     """Where the images come from: an existing pool, or a source that the run makes its pool of, once."""
 
     pool: str | None = None
-    source: Literal["folder", "mnist", "svhn", "cifar10", "digits"] | None = None
+    source: Literal["folder", "webdataset", "parquet", "manifest", "mnist", "svhn", "cifar10", "digits"] | None = None
     root: str | None = None
-    """Where the source lies: a folder of images, or the folder that torchvision's data set takes as root."""
+    """Where the source lies: a folder of images, of tars or of Parquet files (or one of them), a CSV or Parquet list
+    of images, or the folder that torchvision's data set takes as root."""
     validation_root: str | None = None
-    """`folder` only: class folders of the trusted validation images (else `validation` are taken from `root`)."""
+    """Likewise the trusted validation images, with labels (else `validation` are taken from `root`)."""
     test_root: str | None = None
-    """`folder` only: class folders of the test images (else `test` are taken from `root`)."""
+    """Likewise the test images (else `test` are taken from `root`)."""
+    columns: ColumnsConfig = ColumnsConfig()
+    labels: str | None = None
+    """CSV or Parquet file with the columns image_id and label: labels in place of the source's own."""
+    by_reference: bool = False
+    """The pool keeps ids and places, not images: these are fetched, many at once, whenever they are needed."""
     validation: Share | None = None
     """Images (int) or share (float) of the labelled training images kept as validation set, evenly over classes."""
     test: Share | None = None
@@ -61,23 +90,36 @@ class DataConfig(Section):
     """Images per pool shard: the unit of work of extraction and of resuming."""
     max_pixels: Positive = 100_000_000
     """An image with more pixels is rejected, unread."""
+    max_rejects: Share = 0.1
+    """Images (int), or share (float) of those that a stage reads, that may be rejected before it stops (10 may)."""
 
     @model_validator(mode="after")
     def _one_origin(self):
         if (self.pool is None) == (self.source is None):
             raise ValueError("give either `pool` (an existing pool) or `source` (what to build one from)")
         if self.pool:
-            made = self.model_dump(include={"root", "validation_root", "test_root", "validation", "test", "imbalance"})
-            if given := [name for name, value in made.items() if value is not None]:
+            names = (
+                "root",
+                "validation_root",
+                "test_root",
+                "labels",
+                "validation",
+                "test",
+                "imbalance",
+                "by_reference",
+            )
+            if given := [name for name in names if getattr(self, name)]:
                 raise ValueError(f"`{given[0]}` says how to build a pool: beside `pool` it has no meaning")
-        if self.source in ("folder", "mnist", "svhn", "cifar10") and self.root is None:
-            raise ValueError(f"source {self.source!r} needs `root`, the folder it lies in (--set data.root=...)")
-        if self.source != "folder" and (self.validation_root or self.test_root):
-            raise ValueError("`validation_root` and `test_root` go with source 'folder' only")
+        if self.source not in (None, "digits") and self.root is None:
+            raise ValueError(f"source {self.source!r} needs `root`, the place it lies in (--set data.root=...)")
+        if self.source not in FILES and (self.validation_root or self.test_root or self.by_reference):
+            raise ValueError(f"`validation_root`, `test_root` and `by_reference` go with {', '.join(FILES)} only")
         for name in ("validation", "test"):
             share = getattr(self, name)
             if share is not None and (share <= 0 or (isinstance(share, float) and share >= 1)):
                 raise ValueError(f"`{name}` must be a number of images (int >= 1) or a share (0 < float < 1): {share}")
+        if self.max_rejects < 0 or (isinstance(self.max_rejects, float) and self.max_rejects > 1):
+            raise ValueError(f"`max_rejects` must be a number of images or a share (0 to 1.0): {self.max_rejects}")
         return self
 
 
@@ -129,20 +171,38 @@ class TrainConfig(Section):
     augment: Literal["none", "flip", "crop-flip"] = "none"
     """Random horizontal flip; random resized crop (area 0.35 to 1) and flip."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Ray Train worker processes; 0 trains in the driver's process, which saves tens of seconds a round."""
+    """Ray Train worker processes; 0 trains in the driver's process, which saves tens of seconds a round. Another number
+    rounds differently; beyond that, batch normalisation sees a worker's share, and a streaming worker shuffles its own.
+    """
+    min_workers: Positive | None = None
+    """Where machines are lost, a training goes on with as few, and grows again; null: it waits for all `workers`."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     threads: Positive = 1
     """CPU threads of a worker; small networks lose with more, and much where other work runs beside them."""
     storage: str | None = None
     """Ray Train's storage path; null: `ray_train` in the run directory."""
     checkpoint_every: Positive = 10
-    """Epochs between the checkpoints that an interrupted training goes on from."""
+    """Epochs between the checkpoints that a killed training goes on from; of long epochs each is kept."""
+
+    @model_validator(mode="after")
+    def _workers(self):
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"`min_workers` is {self.min_workers}, more than the {self.workers} `workers`")
+        return self
 
     @model_validator(mode="after")
     def _one_schedule(self):
         if self.decay_every and self.milestones:
             raise ValueError("give either `decay_every` or `milestones`")
         return self
+
+
+SPREAD = {
+    f"{section}.{name}"
+    for section in ("train", "pretrain")
+    for name in ("workers", "min_workers", "gpus_per_worker", "threads", "checkpoint_every")
+}
+"""How a training is spread over machines and kept: may change while a run goes on."""
 
 
 class ResourcesConfig(Section):
@@ -186,7 +246,26 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML reads 1e-1 as a string."""
+    """YAML 1.2 floats (PyYAML reads 1e-1 as a string); each key once (PyYAML takes the last); few aliases (nine levels
+    of nine of them are a billion values)."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > MOST_ALIASES:
+                mark = self.peek_event().start_mark
+                raise yaml.MarkedYAMLError(problem=f"more than {MOST_ALIASES} aliases", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -200,13 +279,7 @@ def load(path: str, overrides: dict[str, Any] | None = None, assignments: tuple[
     path: file. overrides: top-level fields from the command line. assignments: `dotted.key=value` strings; the value
     is YAML. Raises UserError that names the file, the dotted path, what was expected and what came.
     """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: expected YAML text, found binary data") from None
-    tree = _parse(text, path)
+    tree = _parse(_text(path), path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     for assignment in assignments:
@@ -216,8 +289,13 @@ def load(path: str, overrides: dict[str, Any] | None = None, assignments: tuple[
 
 
 def validate(tree: dict, origin: str) -> Config:
+    return checked(Config, tree, origin)
+
+
+def checked(kind: type[Model], tree: Any, origin: str) -> Model:
+    """The tree as this kind of object. UserError with a line for each field that is not as it must be."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors())) from None
 
@@ -230,7 +308,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def _differ(old: Any, new: Any, path: str, found: list[str]) -> None:
-    if path == "resources" or (path == "rounds" and new >= old):
+    if path in ("resources", "data.max_rejects", *SPREAD) or (path == "rounds" and new >= old):
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old:
@@ -239,11 +317,31 @@ def _differ(old: Any, new: Any, path: str, found: list[str]) -> None:
         found.append(f"{path}: {old!r} there, {new!r} now")
 
 
+def _text(path: str) -> str:
+    try:
+        with open(path, "rb") as stream:  # a pipe will do; a device that never ends will not
+            data = stream.read(LONGEST + 1)
+        if len(data) > LONGEST:
+            raise UserError(f"{path}: expected a YAML file of at most {LONGEST} bytes, found more")
+        return data.decode()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected YAML text, found binary data") from None
+
+
 def _parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{origin}: not YAML that can be read: nested too deep") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{origin}: not YAML: {' '.join((error.problem or '').split())}{where}") from None
+    except Exception as error:  # tags make the parser raise anything: !!bool maybe, a date with month 13
+        message = " ".join(str(error).split())
+        raise UserError(f"{origin}: not YAML: {message[:200] or type(error).__name__}") from None
 
 
 def _assign(tree: dict, assignment: str) -> None:
@@ -261,13 +359,17 @@ def _assign(tree: dict, assignment: str) -> None:
     node[last] = _parse(value, f"--set {assignment}")
 
 
+_BRIEF = reprlib.Repr()  # what aliases make of a short file would fill a disk
+_BRIEF.maxstring = _BRIEF.maxother = 200
+
+
 def _explain(error: dict) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "the file"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key"
     if error["type"] == "missing":
         return f"{where}: missing"
-    came = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+    came = "" if isinstance(error["input"], dict) else f", found {_BRIEF.repr(error['input'])}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{where}: expected {message}{came}" if error["msg"].startswith("Input should") else f"{where}: {message}"
 
@@ -276,7 +378,7 @@ def _absolute_paths(config: Config) -> Config:
     """Paths are resolved where the command was given: workers run elsewhere."""
     data = {
         name: store.absolute(value)
-        for name in ("pool", "root", "validation_root", "test_root")
+        for name in ("pool", "root", "validation_root", "test_root", "labels")
         if (value := getattr(config.data, name)) is not None
     }
     sections = {"data": config.data.model_copy(update=data)}

@@ -19,6 +19,14 @@ IMAGES = pa.schema(
         pa.field("label", pa.int64()),  # null throughout where unknown; hidden from every stage but label and `true`
     ]
 )
+REFERENCES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),  # what the pool's source reads the image by
+        pa.field("label", pa.int64()),
+    ]
+)
+"""Of a pool by reference."""
 REJECTS = pa.schema([("image_id", pa.string()), ("reason", pa.string())])
 
 

@@ -209,8 +209,15 @@ def test_a_source_needs_its_root(write, source):
 
 
 def test_roots_of_splits_are_for_folders(write):
-    refused(write(MINIMAL), "data: `validation_root` and `test_root` go with source 'folder'",
-            assignments=("data.test_root=/test",))  # fmt: skip
+    message = "data: `validation_root`, `test_root` and `by_reference` go with folder, webdataset, parquet"
+    for assignment in ("data.test_root=/test", "data.by_reference=true"):
+        refused(write(MINIMAL), message, assignments=(assignment,))
+
+
+@pytest.mark.parametrize("most", ["-1", "1.5", "-0.1"])
+def test_rejects_are_limited_by_a_number_or_a_share(write, most):
+    message = "data: `max_rejects` must be a number of images or a share"
+    assert refused(write(MINIMAL), message, assignments=(f"data.max_rejects={most}",)).endswith(most)
 
 
 @pytest.mark.parametrize("share", ["0", "-5", "1.0", "1.5", "0.0"])
@@ -374,6 +381,14 @@ def test_rounds_may_grow_and_resources_are_free(minimal):
     """They are how long and how fast, not what is selected."""
     new = minimal("rounds=11", "resources.extract_actors=7", "resources.score_threads=2")
     assert config.differences(minimal(), new) == []
+
+
+def test_a_training_may_be_spread_anew(minimal):
+    """Machines come and go: a run goes on with what is there."""
+    new = minimal("train.workers=4", "train.min_workers=1", "train.threads=2", "train.checkpoint_every=1")
+    assert config.differences(minimal(), new) == []
+    with pytest.raises(UserError, match="`min_workers` is 3, more than the 2 `workers`"):
+        minimal("train.workers=2", "train.min_workers=3")
 
 
 def test_several_differences(minimal):
