@@ -6,6 +6,8 @@ damaged files.
 """
 
 import io
+import math
+import re
 import threading
 from typing import Literal
 
@@ -21,8 +23,10 @@ SUFFIXES = (
 )
 Channels = Literal[1, 3]
 
+_BEGINNINGS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION = 0x0112
+_TILE = (0x0142, 0x0143)
 _STRIP = 8  # a longer image keeps its centre of this many squares before it is resized
 _limit_lock = threading.Lock()
 
@@ -42,7 +46,10 @@ def decode(data: bytes, channels: Channels | None, max_pixels: int) -> torch.Ten
     if channels is None:
         channels = 1 if image.mode in _GREY else 3
     is_jpeg = image.format in ("JPEG", "MPO")
-    pixels_CHW = _decode_jpeg(data, channels) if is_jpeg else _decode_pil(image, channels)
+    if is_jpeg and 8 * len(data) < math.ceil(image.width / 8) * math.ceil(image.height / 8):
+        # A Huffman code has a bit or more for each block of 8 x 8; the decoder would fill up with grey, silently.
+        raise _damaged("JPEG", f"{len(data)} bytes cannot hold {image.width}x{image.height} pixels")
+    pixels_CHW = _decode_jpeg(data, channels) if is_jpeg else _decode_pil(image, channels, max_pixels)
     return _upright(pixels_CHW, image)
 
 
@@ -87,12 +94,22 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     except Image.UnidentifiedImageError:
-        raise BadImage(f"not an image in a known format ({', '.join(FORMATS)})") from None
+        raise BadImage(_foreign(data)) from None
+    except MemoryError:
+        raise
     except Exception as error:  # a plugin raises anything on foreign bytes
         raise _damaged("image header", error) from None
     if image.width * image.height > max_pixels:
         raise BadImage(f"{image.width}x{image.height} pixels, more than max_pixels={max_pixels}")
     return image
+
+
+def _foreign(data: bytes) -> str:
+    """Why PIL knows no format for it."""
+    kind = next((name for beginning, name in _BEGINNINGS.items() if data.startswith(beginning)), None)
+    if kind:
+        return f"damaged, truncated or unsupported {kind} header"
+    return f"not an image in a known format ({', '.join(FORMATS)}): it begins with {data[:16]!r}"
 
 
 def _decode_jpeg(data: bytes, channels: Channels) -> torch.Tensor:
@@ -102,13 +119,17 @@ def _decode_jpeg(data: bytes, channels: Channels) -> torch.Tensor:
     try:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
     except RuntimeError as error:
-        raise _damaged("JPEG", str(error).split("\n")[0].split(": ", 1)[-1]) from None
+        raise _damaged("JPEG", re.split(r"\.cpp:\d+, |: ", str(error).split("\n")[0])[-1]) from None
 
 
-def _decode_pil(image: Image.Image, channels: Channels) -> torch.Tensor:
+def _decode_pil(image: Image.Image, channels: Channels, max_pixels: int) -> torch.Tensor:
     try:
+        if image.format == "TIFF" and math.prod(image.tag_v2.get(side, 1) for side in _TILE) > max_pixels:
+            raise ValueError(f"tiles of more than max_pixels={max_pixels}")  # PIL allocates one, whatever the image is
         if image.format == "PNG":  # PIL passes over the checksums when it reads pixels; verify() uses the image up
             _open(image.fp.getvalue(), image.width * image.height).verify()
+            if image.mode == "P" and image.palette is None:
+                raise ValueError("indices without a palette")
         image.load()
         if image.mode.startswith("I"):
             image = Image.fromarray(_upper_byte(np.asarray(image)))

@@ -14,13 +14,15 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from raypfk import images, models, session, store
-from raypfk.config import ResourcesConfig
+from raypfk import images, isolated, models, session, store
 from raypfk.errors import UserError
+from raypfk.pool import Pool, Shard
+from raypfk.rejects import Rejects
 from raypfk.run import ImageSpec, Run
 from raypfk.schema import REJECTS
-from raypfk.stages.pool import Pool, Shard
 
+_LOOK_S = 10.0
+"""Seconds between two looks at what is rejected."""
 Maybe = Any
 """A value, or Ray's reference to it: large constants travel once."""
 
@@ -33,13 +35,14 @@ def value(held: Maybe) -> Any:
 class Decoder:
     """Reads one shard and decodes it: the CPU side of the pipeline.
 
+    columns: what goes along with the pixels.
     keep: if given, only these image ids; drop: never these (Arrow arrays, or references to them).
     An image that cannot be decoded goes to `rejects`/SHARD with its reason; the others go on.
     """
 
     pool: Pool
     image: ImageSpec
-    columns: tuple[str, ...] = ("image_id", "image")
+    columns: tuple[str, ...] = ("image_id",)
     keep: Maybe = None
     drop: Maybe = None
     rejects: str | None = None
@@ -47,23 +50,21 @@ class Decoder:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"item": [one Shard]} -> columns of its images; `image` becomes (N, C, S, S) uint8, `shard` its name."""
         shard: Shard = batch["item"][0]
-        table = self._wanted(self.pool.read_shard(shard, list(self.columns)))
+        held = "uri" if self.pool.by_reference else "image"
+        table = self._wanted(self.pool.read_shard(shard, [*self.columns, held]))
         spec, decoded, good, bad = self.image, [], [], []
-        for i, data in enumerate(table["image"]):
-            try:
-                decoded.append(
-                    images.load(
-                        data.as_py(), size=spec.size, resize=spec.resize, channels=spec.channels,
-                        max_pixels=spec.max_pixels,
-                    ).numpy()
-                )  # fmt: skip
+        how = {name: getattr(spec, name) for name in ("size", "resize", "channels", "max_pixels")}
+        mark = store.join(self.rejects, f"{shard.name}.trying") if self.rejects else None
+        for i, pixels in enumerate(isolated.decoded(self.pool.images(table), how, mark)):
+            if isinstance(pixels, images.BadImage):
+                bad.append({"image_id": table["image_id"][i].as_py(), "reason": str(pixels)})
+            else:
+                decoded.append(pixels.numpy())
                 good.append(i)
-            except images.BadImage as error:
-                bad.append({"image_id": table["image_id"][i].as_py(), "reason": str(error)})
         if bad and self.rejects:
             store.write_table(store.join(self.rejects, shard.name), pa.Table.from_pylist(bad, REJECTS))
         shape = (0, spec.channels, spec.size, spec.size)
-        table = table.drop_columns("image").take(pa.array(good, pa.int64()))
+        table = table.drop_columns(held).take(pa.array(good, pa.int64()))
         return {
             "shard": np.array([shard.name] * len(good), dtype=object),
             "image": np.stack(decoded) if decoded else np.empty(shape, np.uint8),
@@ -96,7 +97,7 @@ class NetworkSpec:
         image = self.image
         net = models.build(self.name, image.channels, self.classes, image.size, seed=0)
         state, _ = models.load(value(self.checkpoint), self.origin)
-        net.load_state_dict(state)
+        models.restore(net, state, self.origin)
         device = torch.device("cuda" if self.gpu else "cpu")
         return net.to(device).eval(), device
 
@@ -113,11 +114,13 @@ def checkpoint_of(run: Run, round: int) -> bytes:
     """A round's checkpoint file. UserError if it is another run's, round's or network's."""
     path = run.round(round).checkpoint
     data = store.read_bytes(path)
-    _, meta = models.load(data, path)
+    weights, meta = models.load(data, path)
     expected = {"run": run.id, "round": round, "name": run.config.model.name, "classes": run.classes}
     for name, value in expected.items():
         if meta.get(name) != value:
             raise UserError(f"{path}: {name} is {meta.get(name)!r}, expected {value!r} of {run.uri}")
+    image = run.image
+    models.restore(models.build(run.config.model.name, image.channels, run.classes, image.size, 0), weights, path)
     return data
 
 
@@ -154,14 +157,16 @@ def decoded(shards: Sequence[Shard], decoder: Decoder) -> ray.data.Dataset:
 
 
 def through_actors(
-    shards: Sequence[Shard], decoder: Decoder, actor: type, kwargs: dict[str, Any], resources: ResourcesConfig
+    shards: Sequence[Shard], decoder: Decoder, actor: type, kwargs: dict[str, Any], run: Run, split: str
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Run the shards through an actor pool; yields what the actors return for each shard, as it comes.
+    """Run shards of a split through an actor pool; yields what the actors return for each shard, as it comes.
 
     actor: class whose __call__ takes and returns a batch of columns, one shard at a time.
+    UserError where more images are rejected than `data.max_rejects` lets pass.
     """
     if not shards:
         return
+    resources = run.config.resources
     gpus = session.gpus_per_actor(resources.extract_gpus)
     wanted = resources.extract_actors or (int(session.gpus() / gpus) if gpus else session.cpus())
     count = max(1, min(wanted, len(shards)))
@@ -174,4 +179,8 @@ def through_actors(
         fn_constructor_kwargs=kwargs,
         num_gpus=gpus or None,
     )
-    yield from dataset.iter_batches(batch_size=None)
+    rejects = Rejects(f"{run.uri}: {split}", run.pool.rows(split), run.config.data.max_rejects, decoder.rejects)
+    for batch in dataset.iter_batches(batch_size=None):
+        yield batch
+        rejects.look(every=_LOOK_S)
+    rejects.look()

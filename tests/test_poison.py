@@ -1,0 +1,117 @@
+"""Images that kill their process, or never end: found, rejected with their reason, and the others go on."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from raypfk import isolated, store
+from raypfk.images import BadImage
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+POISON = {"SEGFAULT": "kills the process: signal 11", "HANG": "takes more than 3 s"}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------- decoding, apart
+
+
+def test_a_child_decodes_as_this_process_does(tmp_path):
+    """A mark that is there sends images to a child; pixels and reasons are the same, and the mark goes."""
+    rng, mark = np.random.default_rng(0), str(tmp_path / "mark")
+    encoded = [png(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)) for _ in range(3)] + [b"no image", "not read"]
+    for how in ({"max_pixels": 1000}, {"size": 4, "resize": 5, "channels": 1, "max_pixels": 1000}):
+        here = list(isolated.decoded(encoded, how, mark))
+        assert not store.exists(mark)
+        store.write_bytes(mark, b"")
+        child = list(isolated.decoded(encoded, how, mark))
+        assert not store.exists(mark)
+        for a, b in zip(here, child, strict=True):
+            assert str(a) == str(b) if isinstance(a, BadImage) else torch.equal(a, b)
+
+
+def test_a_mark_stays_where_the_work_does_not_end(tmp_path):
+    mark = str(tmp_path / "mark")
+    work = isolated.decoded([png(np.zeros((4, 4), np.uint8))] * 2, {"max_pixels": 100}, mark)
+    next(work)
+    assert store.exists(mark)
+    work.close()
+    assert store.exists(mark)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """In children of this process, and of no other, the words kill."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "poison"), str(ROOT)]))
+    monkeypatch.setenv("RAYPFK_DECODE_SECONDS", "3")
+    monkeypatch.setattr(isolated, "SECONDS", 3)
+
+
+def test_what_kills_the_child_is_known_and_the_next_image_has_another(poisoned, tmp_path):
+    mark, good = str(tmp_path / "mark"), png(np.zeros((4, 4), np.uint8))
+    store.write_bytes(mark, b"")
+    encoded = [good, good + b"SEGFAULT", good, good + b"HANG", good + b"MEMORY", good]
+    found = [str(x) if isinstance(x, BadImage) else "good" for x in isolated.decoded(encoded, {"max_pixels": 99}, mark)]
+    assert found == [
+        "good", "decoding it kills the process: signal 11", "good", "decoding it takes more than 3 s",
+        "decoding it takes more than 8 GiB", "good",
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_goes_on_past_poison(poisoned, tmp_path):
+    """A pool by reference: no image is looked at before extraction. Its run ends; the poison is in the rejects."""
+    digits = load_digits()
+    for i in range(300):
+        folder = tmp_path / "in" / str(digits.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:03d}.png").write_bytes(png((digits.images[i] * 15).astype(np.uint8)))
+    _raypfk(
+        "pool", "build", str(tmp_path / "in"), str(tmp_path / "pool"), "--validation", "60", "--test", "30",
+        "--shard-rows", "32", "--by-reference",
+    )  # fmt: skip
+    references = [
+        row
+        for path in store.paths(str(tmp_path / "pool/pool"), ".parquet")
+        for row in store.read_table(path, ["image_id", "uri"]).to_pylist()
+    ]
+    for row, word in zip((references[5], references[-3]), POISON, strict=True):
+        with open(row["uri"], "ab") as stream:
+            stream.write(word.encode())
+    tree = tiny.config(data={"pool": str(tmp_path / "pool")}, image={"size": 16, "resize": 16, "channels": 1})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree.model_dump()))
+    _raypfk("run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"))
+    folder = str(tmp_path / "run/rounds/001/rejects/pool")
+    rejects = {
+        r["image_id"]: r["reason"] for p in store.paths(folder, ".parquet") for r in store.read_table(p).to_pylist()
+    }
+    assert set(rejects) == {references[5]["image_id"], references[-3]["image_id"]}
+    for row, reason in zip((references[5], references[-3]), POISON.values(), strict=True):
+        assert reason in rejects[row["image_id"]]
+    assert store.names(folder, ".trying") == []
+    _raypfk("verify", str(tmp_path / "run"))
+
+
+def _raypfk(*args: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "raypfk.cli", *args], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
