@@ -30,9 +30,9 @@ from raypfk import descriptor_files, session, store
 from raypfk.config import Config
 from raypfk.descriptor_files import Origin
 from raypfk.pfk import Kernel
+from raypfk.pool import Pool
 from raypfk.run import Run
 from raypfk.stages import score
-from raypfk.stages.pool import Pool
 
 
 @click.command()
@@ -86,10 +86,10 @@ def write(folder: str, data: Data, origin: Origin, pool: int, shard_rows: int) -
         table = descriptor_files.encode({"image_id": pa.array(ids)}, data.make(len(ids), 2 + first), origin)
         name = f"{number:05d}.parquet"
         descriptor_files.write(store.join(folder, "pool", name), table, run_id, origin)
-        entries.append({"name": name, "rows": len(ids), "first_id": ids[0], "last_id": ids[-1], "sha256": ""})
-    return Run(
-        folder, run_id, Config.model_construct(), Pool(folder, {"splits": {"pool": {"shards": entries}}}), None, 1
-    )
+        entries.append({"name": name, "rows": len(ids), "first_id": ids[0], "last_id": ids[-1], "files": [name]})
+    files = [{"name": entry["name"], "rows": entry["rows"], "sha256": ""} for entry in entries]
+    manifest = {"splits": {"pool": {"files": files, "shards": entries}}}
+    return Run(folder, run_id, Config.model_construct(), Pool(folder, manifest), None, 1)
 
 
 def start(run: Run, origin: Origin, centers: tuple, layout: tuple[int, int]) -> list:

@@ -133,7 +133,7 @@ def _plain(run: Run, network, scratch: str) -> dict:
 
 
 def _describe(run: Run, network, split: str, recipe: extract.Recipe, origin, out: str, timer) -> None:
-    columns = ("image_id", "image", "label") if recipe.estimator == "true" else ("image_id", "image")
+    columns = ("image_id", "label") if recipe.estimator == "true" else ("image_id",)
     decoder = Decoder(run.pool, run.image, columns)
     describer = extract.Describer(network, recipe, out, run.id, origin)
     describer._describe = timer.around(describer._describe)

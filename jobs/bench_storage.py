@@ -93,7 +93,7 @@ def _describe(run: Run, network: NetworkSpec) -> tuple[Descriptors, dict[int, De
 
 def _shard(run: Run, reader: pfk.TapReader, shard, reference, device) -> tuple[Descriptors, torch.Tensor, torch.Tensor]:
     """Descriptors in float64, labels (estimated with a reference) and predictions of one shard."""
-    read = Decoder(run.pool, run.image, ("image_id", "image", "label"))({"item": np.array([shard], object)})
+    read = Decoder(run.pool, run.image, ("image_id", "label"))({"item": np.array([shard], object)})
     true, found = torch.from_numpy(read["label"].copy()), []
     for count, x in batches(read["image"], run.image, run.config.model.batch_size, device):
         logits, taps = reader(x)

@@ -20,8 +20,8 @@ from raypfk.errors import UserError
 from raypfk.pfk import Descriptors, Kernel
 from raypfk.pfk.compress import DTYPES
 from raypfk.pfk.kernel import MAX_LENGTH, scale_lengths
+from raypfk.pool import Shard
 from raypfk.run import Run, stamp
-from raypfk.stages.pool import Shard
 
 FORMAT = 1
 KEY = "raypfk.descriptors"
@@ -178,7 +178,12 @@ def origin_of(path: str, table: pa.Table) -> Origin:
     text = (table.schema.metadata or {}).get(KEY.encode())
     if text is None:
         raise UserError(f"{path}: no {KEY} in its metadata; expected descriptors of format {FORMAT}, found older ones")
-    record = json.loads(text)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: {KEY}: expected a JSON object, found {text[:60]!r}")
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: {KEY} has format {record.get('format')!r}, expected {FORMAT}")
     values = {f.name: record.get(f.name) for f in fields(Origin)}

@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 
 import raypfk
 from raypfk import config as configs
-from raypfk import models, store
+from raypfk import lease, models, store
 from raypfk.config import Config
 from raypfk.errors import UserError
 from raypfk.pfk import Kernel
+from raypfk.pool import Pool
 from raypfk.schema import LABELS, RoundDir
-from raypfk.stages import pool as pools
-from raypfk.stages.pool import Pool
+from raypfk.stages import pool as stage
 
 FORMAT = 1
 
@@ -58,8 +58,8 @@ class Run:
         if store.exists(path):
             run = cls.open(uri, pool)
             run.refuse_other(config)
-            _write(run.uri, run.id, config, pool)  # rounds may have grown
-            return cls.open(uri, pool)
+            _write(run.uri, run.id, config, run.pool)  # rounds may have grown
+            return cls.open(uri, run.pool)
         run = cls(uri, uuid.uuid4().hex, config, pool, _image_spec(config, pool), pool.num_classes)
         _check(config, pool)
         run.lengths  # noqa: B018 - a wrong model or tap shows here, before anything is written
@@ -72,16 +72,13 @@ class Run:
         path = store.join(uri, "run.json")
         if not store.exists(path):
             raise UserError(f"{uri}: no run here (run.json is missing)")
-        record = store.read_json(path)
+        record = store.read_record(path, {})
         if record.get("format") != FORMAT:
             raise UserError(f"{path}: format {record.get('format')!r}, expected {FORMAT}")
+        store.require(path, record, {"id": str, "config": dict, "pool": dict})
+        store.require(path, record["pool"], {"uri": str, "fingerprint": str})
         config = configs.validate(record["config"], path)
-        pool = pool or Pool.open(record["pool"]["uri"])
-        if pool.fingerprint != record["pool"]["fingerprint"]:
-            raise UserError(
-                f"{uri} was begun on the pool {record['pool']['fingerprint'][:12]}, "
-                f"but {pool.uri} is the pool {pool.fingerprint[:12]}"
-            )
+        pool = (pool or Pool.open(record["pool"]["uri"])).as_of(record["pool"]["fingerprint"], f"{uri} was begun on")
         return cls(uri, record["id"], config, pool, _image_spec(config, pool), pool.num_classes)
 
     def refuse_other(self, config: Config) -> None:
@@ -95,10 +92,11 @@ class Run:
     def done(self, number: int, stage: str) -> dict | None:
         """The facts that a finished stage left (its marker), or None."""
         path = self.round(number).marker(stage)
-        return store.read_json(path) if store.exists(path) else None
+        return store.read_record(path, {"seconds": float}) if store.exists(path) else None
 
     def mark(self, number: int, stage: str, facts: dict[str, Any]) -> None:
         """Written after the stage's output is durable: the stage is done."""
+        lease.check(self.uri)
         store.write_json(self.round(number).marker(stage), facts)
 
     def write(self, uri: str, table: pa.Table, compression: str = "zstd") -> None:
@@ -156,7 +154,7 @@ def open_pool(config: Config, uri: str) -> Pool:
     """The pool that the config names, or the run's own, built from `data.source` once."""
     if config.data.pool:
         return Pool.open(config.data.pool)
-    return pools.build(config.data, store.join(store.absolute(uri), "pool"), config.seed)
+    return stage.build(config.data, store.join(store.absolute(uri), "pool"), config.seed)
 
 
 def _write(uri: str, run_id: str, config: Config, pool: Pool) -> None:
@@ -195,7 +193,7 @@ def _image_spec(config: Config, pool: Pool) -> ImageSpec:
     resize = wanted.resize or size
     if resize < size:
         raise UserError(f"image.resize: {resize} is smaller than image.size {size}")
-    channels = wanted.channels or found["channels"]
+    channels = wanted.channels or found["channels"] or 3
     for name in ("mean", "std"):
         if len(getattr(wanted, name)) not in (1, channels):
             raise UserError(f"image.{name}: expected 1 or {channels} values, found {len(getattr(wanted, name))}")

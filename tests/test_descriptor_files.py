@@ -12,9 +12,9 @@ from raypfk import pfk, store
 from raypfk.errors import UserError
 from raypfk.pfk import Descriptors
 from raypfk.pfk.compress import DTYPES
+from raypfk.pool import Pool
 from raypfk.run import ImageSpec, Run
 from raypfk.schema import descriptors as descriptor_schema
-from raypfk.stages.pool import Pool
 from tests import tiny
 
 LENGTHS = (10, 20, 50)  # LeNet's conv1, conv2, fc1
@@ -22,7 +22,7 @@ IDS = ["a", "b", "c", "d", "e"]
 
 
 def entry(name: str, ids: list[str]) -> dict:
-    return {"name": name, "rows": len(ids), "first_id": ids[0], "last_id": ids[-1], "sha256": ""}
+    return {"name": name, "rows": len(ids), "first_id": ids[0], "last_id": ids[-1], "files": [name]}
 
 
 @pytest.fixture
@@ -31,7 +31,8 @@ def begin(tmp_path):
 
     def begin(**changes) -> Run:
         shards = [entry("00000.parquet", IDS), entry("00001.parquet", ["f", "g", "h"])]
-        manifest = {"fingerprint": "0", "splits": {"pool": {"rows": 8, "shards": shards}}}
+        files = [{"name": shard["name"], "rows": shard["rows"], "sha256": ""} for shard in shards]
+        manifest = {"fingerprint": "0", "splits": {"pool": {"rows": 8, "files": files, "shards": shards}}}
         image = ImageSpec(16, 16, 1, (0.5,), (0.5,), 10**6)
         return Run(str(tmp_path), "ab" * 16, tiny.config(**changes), Pool(str(tmp_path), manifest), image, 10)
 

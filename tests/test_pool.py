@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import unicodedata
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from PIL import Image
 from raypfk import sources, store
 from raypfk.config import DataConfig, ImbalanceConfig
 from raypfk.errors import RunError, UserError
+from raypfk.pool import Pool
 from raypfk.schema import IMAGES, REJECTS, SPLITS
 from raypfk.stages import pool as pools
-from raypfk.stages.pool import Pool, build
+from raypfk.stages.pool import build
+from raypfk.verify import verify
 
 DATA = Path(os.environ.get("RAYPFK_DATA") or Path(__file__).parents[2] / "shared" / "data")
 IMAGENET = DATA / "imagenet-samples"
@@ -87,22 +90,22 @@ def test_shards_are_in_the_order_of_ids_and_hold_the_bytes(built):
             assert row["image"] == file.read_bytes()
             assert (row["width"], row["height"]) == (6, 5)
             assert row["label"] == ("cat", "dog").index(row["image_id"].split("/")[0])
-        assert store.sha256(store.read_bytes(shard.uri)) == shard.sha256
+        (file,) = shard.files
+        assert store.sha256(store.read_bytes(file.uri)) == file.sha256
 
 
 def test_manifest_says_what_the_pool_is(built):
     """Counts, classes, image size, settings; the marker of a build in progress is gone."""
     manifest = json.loads(Path(built.uri, "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["source"]["kind"] == "folder"
     assert manifest["classes"] == built.classes == ["cat", "dog"]
     assert manifest["image"] == {"channels": 3, "width": 6, "height": 5}
     assert manifest["splits"]["validation"]["label_histogram"] == {"cat": 2, "dog": 2}
     assert [built.rows(split) for split in SPLITS] == [18, 4, 2]
     assert built.num_classes == 2
-    assert sorted(p.name for p in Path(built.uri).iterdir()) == [
-        *("manifest.json", "pool", "rejects.parquet", "test", "validation")
-    ]
+    found = sorted(path.name for path in Path(built.uri).iterdir() if not path.name.startswith("."))
+    assert found == ["manifest.json", "pool", "rejects.parquet", "test", "validation"]
 
 
 def test_image_column_is_not_compressed_again(built):
@@ -202,10 +205,10 @@ def test_another_pool_is_refused(built, fields, seed, message):
 
 
 def test_half_a_build_is_built_again(ray_session, built, tmp_path):
-    """Without a manifest nothing of it is trusted: stale shards are gone and the pool is the undisturbed one."""
+    """Of another source's half a pool nothing is trusted; what it left is gone, and the pool is the undisturbed one."""
     dest = tmp_path / "p"
     (dest / "pool").mkdir(parents=True)
-    (dest / "building.json").write_text("{}")
+    store.write_json(str(dest / "building/begun.json"), {})
     (dest / "pool/00099.parquet").write_bytes(b"half")
     pool = build(folder(Path(built.manifest["source"]["root"]), validation=4, test=2), str(dest), 0)
     assert pool.fingerprint == built.fingerprint
@@ -229,7 +232,7 @@ def test_trouble_that_is_no_images_fault_stops_the_build(ray_session, tmp_path, 
     """A disk that fails (also when tried again) is an error that names the shard; the images are not rejected."""
 
     class Broken(sources.Folder):
-        def read(self, key):
+        def read(self, keys):
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(pools.sources, "of", lambda data: Broken(data.root))
@@ -237,21 +240,163 @@ def test_trouble_that_is_no_images_fault_stops_the_build(ray_session, tmp_path, 
         build(folder(tree(tmp_path / "in", 2)), str(tmp_path / "p"), 0)
 
 
-def test_file_that_vanishes_or_is_forbidden_is_a_reject(ray_session, tmp_path, monkeypatch):
-    """Listed, but not readable when its turn comes: in the rejects with the reason, and the others go on."""
+def test_file_that_vanishes_is_a_reject(ray_session, tmp_path, monkeypatch):
+    """Listed, but gone when its turn comes: in the rejects with the reason, and the others go on."""
 
     class Hidden(sources.Folder):
-        def read(self, key):
-            if key.endswith("cat/000.png"):
-                raise PermissionError(13, "Permission denied")
-            return super().read(key.replace("dog/001", "dog/gone"))
+        def read(self, keys):
+            return super().read([key.replace("dog/001", "dog/gone") for key in keys])
 
     monkeypatch.setattr(pools.sources, "of", lambda data: Hidden(data.root))
     pool = build(folder(tree(tmp_path / "in", 3)), str(tmp_path / "p"), 0)
-    rejects = store.read_table(f"{pool.uri}/rejects.parquet").to_pylist()
-    assert [reject["image_id"] for reject in rejects] == ["cat/000.png", "dog/001.png"]
-    assert "permission denied" in rejects[0]["reason"]
-    assert "gone since" in rejects[1]["reason"]
+    (reject,) = store.read_table(f"{pool.uri}/rejects.parquet").to_pylist()
+    assert reject["image_id"] == "dog/001.png" and "gone since" in reject["reason"]
+
+
+def test_a_build_that_was_broken_off_goes_on(ray_session, tmp_path):
+    """Files that are done stay as they are; those that were not, and one whose images are others now, are written."""
+    root = tree(tmp_path / "in")
+    (root / "dog/011.png").write_bytes(b"bad")  # in the last file but one
+    dest = tmp_path / "p"
+    with pytest.raises(UserError, match="more than data.max_rejects"):
+        build(folder(root, max_rejects=0), str(dest), 0)
+    before = {path.name: path.stat().st_mtime_ns for path in (dest / "pool").iterdir() if path.suffix == ".parquet"}
+    assert {"00000.parquet", "00001.parquet"} <= set(before)
+    (root / "dog/010.png").unlink()
+    (root / "dog/011.png").write_bytes(png(77))
+    pool = build(folder(root), str(dest), 0)
+    after = {path.name: path.stat().st_mtime_ns for path in (dest / "pool").iterdir()}
+    assert all(after[name] == before[name] for name in set(before) - {"00004.parquet"})
+    assert not (dest / "building").exists() and len(ids_of(pool)) == 23
+    assert pool.fingerprint == build(folder(root), str(tmp_path / "undisturbed"), 0).fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------- max_rejects
+
+
+def test_too_many_rejects_stop_the_build_with_a_summary(ray_session, tmp_path):
+    """40 images, 12 of them bad in two ways: the limit, the kinds and an example of each; allowed, they pass."""
+    root = tree(tmp_path / "in", 20)
+    for i in range(12):
+        (root / f"dog/{i:03d}.png").write_bytes(b"" if i < 8 else b"GIF, or not")
+    with pytest.raises(UserError) as error:
+        build(folder(root), str(tmp_path / "p"), 0)
+    said = str(error.value)
+    assert re.search(r"1[12] of 40 images are rejected, more than data\.max_rejects \(0\.1\) allows", said)
+    assert "x 'empty file', as dog/000.png: empty file" in said and "x 'not an image in a known format" in said
+    pool = build(folder(root, max_rejects=0.5), str(tmp_path / "p"), 0)
+    assert (pool.rows("pool"), pool.manifest["rejects"]) == (28, 12)
+    with pytest.raises(UserError, match="max_rejects \\(11\\) allows"):
+        build(folder(root, max_rejects=11), str(tmp_path / "other"), 0)
+
+
+# -------------------------------------------------------------------------------------------------------- growing
+
+
+def grow(root: Path, pool: Pool, **fields) -> Pool:
+    return build(folder(root, **{"validation": 4, "test": 2} | fields), pool.uri, 0, grow=True)
+
+
+def everything(pool: Pool) -> list[dict]:
+    """All of the split "pool", row by row, as its shards have it."""
+    return [row for shard in pool.shards("pool") for row in pool.read_shard(shard).to_pylist()]
+
+
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_a_pool_grows_by_what_is_new(ray_session, tmp_path, by_reference):
+    """New images before, within, between and behind what is there: written alone, in order, as if all had been there.
+
+    Twice; what was held out stays held out; one bad image is rejected once; files that are there are not touched.
+    """
+    root, dest = tree(tmp_path / "in"), str(tmp_path / "p")
+    first = build(folder(root, validation=4, test=2, by_reference=by_reference), dest, 0)
+    held = ids_of(first, "validation") + ids_of(first, "test")
+    stamps = {file.uri: os.stat(file.uri).st_mtime_ns for file in first.files("pool")}
+    for round_, names in enumerate((("ant", "cat", "dog"), ("cat", "eel"))):
+        for name in names:
+            for i in range(3 + 4 * round_):
+                path = root / ("cat" if name in ("ant", "cat") else "dog") / f"{name}-{round_}-{i}.png"
+                path.write_bytes(png(1000 * round_ + 10 * i + len(name)))
+        (root / "dog/bad.png").write_bytes(b"bad")
+        (root / "dog/notes.txt").write_text("x")
+        pool = grow(root, first, by_reference=by_reference)
+    assert {uri: os.stat(uri).st_mtime_ns for uri in stamps} == stamps
+    assert ids_of(pool, "validation") + ids_of(pool, "test") == held
+    ids = ids_of(pool)
+    assert ids == sorted(ids) and all(shard.rows <= 10 for shard in pool.shards("pool"))
+    assert sum(len(file.uri) > 0 for file in pool.files("pool")) > len(first.files("pool"))
+    on_disk = {str(path.relative_to(root)) for path in root.rglob("*.png")} - set(held)
+    assert set(ids) == on_disk - (set() if by_reference else {"dog/bad.png"})
+    rejects = store.read_table(f"{dest}/rejects.parquet")["image_id"].to_pylist()
+    assert sorted(rejects) == (["dog/notes.txt"] if by_reference else ["dog/bad.png", "dog/notes.txt"])
+    names = {shard.name for shard in pool.shards("pool")}
+    assert len(names) == len(pool.shards("pool")) and verify(dest) == []
+    assert pool.labels_of(["cat/ant-0-1.png", "dog/eel-1-2.png"]) == {"cat/ant-0-1.png": 0, "dog/eel-1-2.png": 1}
+    if not by_reference:
+        for row in everything(pool):
+            assert row["image"] == (root / row["image_id"]).read_bytes()
+
+
+def test_a_pool_grown_is_the_pool_built_at_once(ray_session, tmp_path):
+    """The same rows in the same order, the same fingerprint and histogram."""
+    root = tree(tmp_path / "in", 4)
+    first = build(folder(root), str(tmp_path / "p"), 0)
+    tree(root, 30)
+    grown = grow(root, first, validation=None, test=None)
+    at_once = build(folder(root), str(tmp_path / "other"), 0)
+    assert everything(grown) == everything(at_once) and len(everything(grown)) == 60
+    assert grown.fingerprint == at_once.fingerprint != first.fingerprint
+    assert grown.manifest["splits"]["pool"]["label_histogram"] == {"cat": 30, "dog": 30}
+    assert grown.manifest["image"] == at_once.manifest["image"]
+
+
+def test_the_pool_before_it_grew_is_still_there(ray_session, tmp_path):
+    """A run that was begun then goes on with the images of then."""
+    root = tree(tmp_path / "in")
+    first = build(folder(root, validation=4, test=2), str(tmp_path / "p"), 0)
+    rows = everything(first)
+    tree(root, 20)
+    grown = grow(root, first)
+    then = Pool.open(grown.uri).as_of(first.fingerprint, "a run was begun on")
+    assert then.manifest == first.manifest and everything(then) == rows
+    with pytest.raises(UserError, match="a run was begun on the pool ffffffffffff, but .* is the pool"):
+        grown.as_of("f" * 64, "a run was begun on")
+
+
+def test_nothing_new_changes_nothing(ray_session, tmp_path, capsys):
+    root = tree(tmp_path / "in")
+    first = build(folder(root, validation=4, test=2), str(tmp_path / "p"), 0)
+    manifest = Path(first.uri, "manifest.json").read_bytes()
+    assert grow(root, first) == first and Path(first.uri, "manifest.json").read_bytes() == manifest
+    assert "nothing new" in capsys.readouterr().err
+    digits = build(DataConfig(source="digits", validation=20), str(tmp_path / "digits"), 0)
+    assert build(DataConfig(source="digits", validation=20), digits.uri, 0, grow=True) == digits
+    assert "digits does not grow" in capsys.readouterr().err
+
+
+def test_a_new_class_does_not_fit_in_an_old_pool(ray_session, tmp_path):
+    root = tree(tmp_path / "in")
+    first = build(folder(root, validation=4, test=2), str(tmp_path / "p"), 0)
+    (root / "ant").mkdir()
+    (root / "ant/1.png").write_bytes(png(9))
+    with pytest.raises(UserError, match=r"the class 'ant' is new, expected some of \['cat', 'dog'\]"):
+        grow(root, first)
+    assert Pool.open(first.uri) == first
+
+
+def test_growing_that_was_broken_off(ray_session, tmp_path):
+    """The pool stays what it was until it has grown; the same command again ends with the undisturbed one."""
+    root = tree(tmp_path / "in")
+    first = build(folder(root, validation=4, test=2), str(tmp_path / "p"), 0)
+    tree(root, 30)
+    (root / "dog/029.png").write_bytes(b"bad")
+    with pytest.raises(UserError, match="max_rejects"):
+        grow(root, first, max_rejects=0)
+    assert Pool.open(first.uri) == first and len(ids_of(first)) == 18
+    assert (Path(first.uri) / "building").exists()
+    (root / "dog/029.png").write_bytes(png(59))
+    grown = grow(root, first)
+    assert len(ids_of(grown)) == 54 and verify(grown.uri) == []
 
 
 @pytest.mark.parametrize("stranger", ["thesis.docx", "pool/mine.parquet"])
@@ -285,7 +430,7 @@ def test_empty_source_is_an_error(tmp_path):
     (tmp_path / "in/a.txt").write_text("x")
     with pytest.raises(UserError, match=r"no images; 1 rejected, the first: a\.txt: not read"):
         build(folder(tmp_path / "in"), str(tmp_path / "p"), 0)
-    assert not (tmp_path / "p").exists()
+    assert not [path for path in (tmp_path / "p").iterdir() if not path.name.startswith(".")]
 
 
 def test_holding_out_everything_is_an_error(tmp_path):
@@ -327,7 +472,7 @@ def test_open_errors(tmp_path):
         ("{", "expected JSON"),
         ("[1]", "not the manifest of a pool"),
         ('{"a": 1}', "not the manifest of a pool"),
-        ('{"format_version": 99, "fingerprint": ""}', "format_version 99, expected 1"),
+        ('{"format_version": 99, "fingerprint": ""}', "format_version 99, expected 2"),
     ):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -395,3 +540,37 @@ def test_real_imagenet_files(ray_session, tmp_path):
     assert pool.manifest["image"] == {"channels": 3, "width": None, "height": None}
     widths = np.concatenate([pool.read_shard(s, ["width"])["width"].to_numpy() for s in pool.shards("pool")])
     assert widths.min() > 10
+
+
+# ------------------------------------------------------------------------------------------------------ by reference
+
+
+def test_a_pool_by_reference_holds_places_and_no_images(ray_session, tmp_path):
+    """The same ids, splits and labels as of copied images, none of which is read; another fingerprint."""
+    root = tree(tmp_path / "in")
+    (root / "cat/cut.png").write_bytes(b"no image")
+    copied = build(folder(root, validation=4, test=2), str(tmp_path / "copied"), 0)
+    held = build(folder(root, validation=4, test=2, by_reference=True), str(tmp_path / "held"), 0)
+    assert held.by_reference and not copied.by_reference and held.fingerprint != copied.fingerprint
+    assert set(ids_of(held)) | set(ids_of(held, "validation")) | set(ids_of(held, "test")) >= set(ids_of(copied))
+    table = held.read_shard(held.shards("pool")[0])
+    assert table.schema.names == ["image_id", "uri", "label"]
+    assert list(held.images(table)) == [Path(uri).read_bytes() for uri in table["uri"].to_pylist()]
+    assert held.manifest["image"] == {"channels": None, "width": None, "height": None}
+    assert build(folder(root, validation=4, test=2, by_reference=True), held.uri, 0).fingerprint == held.fingerprint
+
+
+def test_images_without_a_label_are_pool_only(ray_session, tmp_path):
+    """A file of labels that leaves some out: no histogram, and no such image in a validation set."""
+    root = tree(tmp_path / "in", 3)
+    (tmp_path / "labels.csv").write_text("image_id,label\ncat/000.png,a\ndog/001.png,b\n")
+    data = folder(root, labels=str(tmp_path / "labels.csv"))
+    pool = build(data, str(tmp_path / "pool"), 0)
+    assert pool.classes == ["a", "b"] and pool.manifest["splits"]["pool"]["label_histogram"] is None
+    assert pool.labels_of(["dog/001.png"]) == {"dog/001.png": 1}
+    with pytest.raises(UserError, match="image 'cat/001.png' has no label"):
+        pool.labels_of(["cat/001.png"])
+    held_out = build(folder(root, labels=data.labels, validation=2), str(tmp_path / "held"), 0)
+    assert sorted(ids_of(held_out, "validation")) == ["cat/000.png", "dog/001.png"]
+    with pytest.raises(UserError, match=r"validation: image 'validation/.*' has no label; 6 have none"):
+        build(folder(root, labels=data.labels, validation_root=str(root)), str(tmp_path / "none"), 0)

@@ -11,9 +11,9 @@ import torch
 
 from raypfk import pfk, progress, store
 from raypfk.errors import UserError
+from raypfk.pool import Shard
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, SELECTION
-from raypfk.stages.pool import Shard
 from raypfk.stages.score import picks
 
 _READERS = 16

@@ -29,11 +29,11 @@ class Predictor:
 def evaluate(run: Run, round: int) -> dict:
     """Count the test set's confusion matrix with round `round`'s checkpoint (rows: true class, columns: predicted)."""
     shards = run.pool.shards("test")
-    decoder = Decoder(run.pool, run.image, ("image_id", "image", "label"), rejects=run.round(round).rejects("test"))
+    decoder = Decoder(run.pool, run.image, ("image_id", "label"), rejects=run.round(round).rejects("test"))
     actor = {"network": network_of(run, round), "batch_size": run.config.model.batch_size}
     confusion = np.zeros((run.classes, run.classes), np.int64)
     with progress.current().bar("evaluate", sum(s.rows for s in shards), "images") as advance:
-        for done in through_actors(shards, decoder, Predictor, actor, run.config.resources):
+        for done in through_actors(shards, decoder, Predictor, actor, run, "test"):
             np.add.at(confusion, (done["label"], done["predicted"]), 1)
             advance(len(done["label"]))
     return {"confusion": confusion.tolist(), "tested": int(confusion.sum()), "forward": int(confusion.sum())}

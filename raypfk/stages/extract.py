@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from raypfk import descriptor_files, pfk, progress, store
+from raypfk import descriptor_files, lease, pfk, progress, store
 from raypfk.descriptor_files import Directions, Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TapReader
@@ -105,7 +105,7 @@ def extract(run: Run, round: int) -> dict:
     if run.config.label_estimator == "neighbour":
         reference = ray.put(described.z.numpy()), ray.put(validation["label"].to_numpy())
     labelled, rejects = run.labelled(round)["image_id"], run.round(round).rejects("pool")
-    columns = ("image_id", "image", "label") if run.config.label_estimator == "true" else ("image_id", "image")
+    columns = ("image_id", "label") if run.config.label_estimator == "true" else ("image_id",)
     decoder = Decoder(run.pool, run.image, columns, drop=ray.put(labelled.combine_chunks()), rejects=rejects)
     recipe = recipe_for(run, run.config.label_estimator, reference, directions)
     origin = descriptor_files.stored_origin(run, full, directions)
@@ -128,7 +128,7 @@ def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> tupl
         return descriptor_files.read_validation(run, round, network.weights)
     # Of a validation image the true label is known; weak supervision (`predicted`) assumes only right or wrong.
     estimator = "predicted" if run.config.label_estimator == "predicted" else "true"
-    decoder = Decoder(run.pool, run.image, ("image_id", "image", "label"), rejects=files.rejects("validation"))
+    decoder = Decoder(run.pool, run.image, ("image_id", "label"), rejects=files.rejects("validation"))
     recipe, origin = recipe_for(run, estimator), descriptor_files.full_origin(run, network.weights)
     _describe_split(run, "validation", decoder, network, recipe, files.validation_parts, origin, facts)
     table = pa.concat_tables(run.read(path) for path in store.paths(files.validation_parts, ".parquet"))
@@ -143,6 +143,7 @@ def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> tupl
     centers = choose_centers(run, round, descriptor_files.decode(table, origin), missed)
     table = table.append_column("center", pa.array(centers))
     table = table.cast(descriptor_schema(sum(run.lengths), validation=True))
+    lease.check(run.uri)  # another driver may be at work on the parts that are deleted here
     descriptor_files.write(files.validation, table, run.id, origin)
     store.delete(files.validation_parts)
     return descriptor_files.read_validation(run, round, network.weights)
@@ -167,7 +168,7 @@ def _describe_split(
     actor = {"network": network, "recipe": recipe, "out": out, "run_id": run.id, "origin": origin}
     start, began = time.time(), []
     with progress.current().bar(f"extract {split}", sum(s.rows for s in todo), "images") as advance:
-        for done in through_actors(todo, decoder, Describer, actor, run.config.resources):
+        for done in through_actors(todo, decoder, Describer, actor, run, split):
             advance(int(done["rows"].sum()))
             began.extend(done["began"])
     facts["startup_seconds"] += round(float(min(began)) - start, 3) if began else 0.0
