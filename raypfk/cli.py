@@ -1,7 +1,12 @@
-"""The command line: parse, build, call. Exit codes: 0 done, 1 a failure, 2 the user's mistake, 130 interrupted."""
+"""The command line: parse, build, call.
+
+Exit codes: 0 done, 1 a failure, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM.
+"""
 
 import json
+import signal
 import sys
+import threading
 import traceback
 
 import click
@@ -68,6 +73,19 @@ def status_command(run_dir, as_json):
         status.show(state)
 
 
+@cli.command("verify")
+@click.argument("uri", metavar="RUN|POOL")
+def verify_command(uri):
+    """Count RUN or POOL again from its files and say what is wrong (exit code 1), or that nothing is."""
+    from raypfk import verify
+
+    problems = verify.verify(uri)
+    for problem in problems:
+        click.echo(problem)
+    click.echo(f"{uri}: {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}", err=True)
+    return 1 if problems else 0
+
+
 @cli.group()
 def pool():
     """Pools of images."""
@@ -82,12 +100,22 @@ def pool():
 @click.option("--rare", help="Rare classes by index: 5,6,7.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--shard-rows", type=click.IntRange(min=1), default=1024, show_default=True, help="Images per shard.")
+@click.option("--max-rejects", help="Images, or share of them, that may be rejected before it stops.  [default: 0.1]")
+@click.option("--labels", help="CSV or Parquet file with image_id and label, in place of the source's own labels.")
+@click.option("--by-reference", is_flag=True, help="Keep where the images lie; fetch them when they are needed.")
+@click.option("--image-column", help="parquet: the encoded images.  [default: image]")
+@click.option("--uri-column", help="manifest: paths or URIs.  [default: uri]")
+@click.option("--id-column", help="parquet, manifest: the images' ids.")
+@click.option("--label-column", help="parquet, manifest: class names or indices.  [default: label, if there]")
 @_verbose
-def build(source, dest, validation, test, imbalance, rare, seed, shard_rows, verbose):
-    """Make the pool DEST of SOURCE: a folder of images, or mnist:ROOT, svhn:ROOT, cifar10:ROOT, digits."""
+def build(source, dest, seed, verbose, image_column, uri_column, id_column, label_column, **options):
+    """Make the pool DEST of SOURCE: a folder of images, webdataset:TARS, parquet:FILES, manifest:LIST.csv (each of
+    them local or s3://), or mnist:ROOT, svhn:ROOT, cifar10:ROOT, digits. Of a pool that is there: what SOURCE has got
+    since is added."""
     from raypfk import pool_command, session
 
-    data = pool_command.data_config(source, validation, test, imbalance, rare, shard_rows)
+    columns = {"image": image_column, "uri": uri_column, "id": id_column, "label": label_column}
+    data = pool_command.data_config(source, columns=columns, **options)
     with session.ray_session(verbose):
         pool_command.build(data, dest, seed)
 
@@ -122,12 +150,12 @@ for _command in (extract, score, acquire, label, train, evaluate):
 def run_command(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command as the program: one clear message on stderr and an exit code, whatever happens."""
     verbose = "--verbose" in (sys.argv if args is None else args)
+    terminated = _hear_sigterm()
     try:
         code = command.main(args, standalone_mode=False)
-    except click.exceptions.Abort:
-        _stop("interrupted; the same command goes on from here", 130)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from here", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        how, code = ("stopped by SIGTERM", 143) if terminated.is_set() else ("interrupted", 130)
+        _stop(f"{how}; the same command goes on from here", code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -147,6 +175,23 @@ def run_command(command: click.Command, args: list[str] | None = None) -> None:
 
 def main() -> None:
     run_command(cli)
+
+
+def _hear_sigterm() -> threading.Event:
+    """From now on SIGTERM ends the program as Ctrl-C does; the event says that it was SIGTERM.
+
+    Ray passes on KeyboardInterrupt alone of what a handler raises while it waits, and makes a new one of it.
+    """
+    terminated = threading.Event()
+
+    def stop(*_) -> None:
+        if not terminated.is_set():  # one is enough: a second would break the ending
+            terminated.set()
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+    return terminated
 
 
 def _stop(message: str, code: int) -> None:

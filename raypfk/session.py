@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,9 @@ import ray
 
 from raypfk import progress
 from raypfk.errors import UserError
+
+PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_NO_SIGN_REQUEST")
+"""What a cluster's workers are told of the driver's environment. Never a secret: Ray shows it to all who look."""
 
 
 @contextmanager
@@ -32,6 +37,8 @@ def ray_session(verbose: bool = False, cpus: int | None = None) -> Iterator[None
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address:
         options["address"] = address
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job's workers have the job's environment
+            options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}}
     else:
         # A local Ray talks to nobody else: without this it writes a token file that later clusters would ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -39,12 +46,28 @@ def ray_session(verbose: bool = False, cpus: int | None = None) -> Iterator[None
         # More logical CPUs than cores on a small machine, or training workers would starve the tasks that feed them.
         # "local": otherwise it would meet a cluster that somebody runs on this machine.
         options |= {"address": "local", "num_cpus": cpus or max(4, cores()), "include_dashboard": False}
-    with _without_stderr(not verbose):
+    with _without_stderr(not verbose), _own_sigterm():
         ray.init(**options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """ray.init lets SIGTERM end the program by sys.exit from then on: a program with an answer of its own keeps it."""
+    answer = signal.getsignal(signal.SIGTERM)
+    ours = callable(answer) and threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    except SystemExit:  # it came meanwhile
+        if ours:
+            answer(signal.SIGTERM, None)
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, answer)
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """Training: schedules, seeded data order, and the ways it can be fed and distributed."""
 
 import io
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.train import WorkerGroupError
 
-from raypfk import augment, loop, models, store
+from raypfk import augment, models, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError, UserError
 from raypfk.stages import train
@@ -58,14 +62,6 @@ def test_a_crop_of_a_flat_image_is_flat():
     assert (augment.crop_flip(image, torch.Generator().manual_seed(1)) == 200).all()
 
 
-def _selected(tmp_path, **changes):
-    """A run with round 1 labelled, ready to train."""
-    run = tiny.begin(tiny.config(strategy="random", **changes), tmp_path / "run")
-    for stage in ("extract", "score", "acquire", "label"):
-        loop.do_stage(run, 1, stage)
-    return run
-
-
 def _weights(run, number=1):
     state, meta = models.load(store.read_bytes(run.round(number).checkpoint), "checkpoint")
     assert meta["round"] == number and meta["run"] == run.id
@@ -73,25 +69,24 @@ def _weights(run, number=1):
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(ray_session, tmp_path, monkeypatch):
-    """Broken off after epoch 2 of 4 and begun again: weights equal to the bit to those of an undisturbed training."""
-    run = _selected(tmp_path)
+    """Broken off in epoch 3 of 4, epoch 2 is kept; gone on with, it ends with the undisturbed weights, to the bit."""
+    run = tiny.labelled(tmp_path, train__checkpoint_every=10)
     train.train(run, 1)
     undisturbed = _weights(run)
     store.delete(run.round(1).training)
-    keep = train._keep
+    epochs, epoch = [], train._epoch
 
-    def break_off(job, net, optimizer, epochs, loss):
-        keep(job, net, optimizer, epochs, loss)
-        if epochs == 2:
+    def break_off(*args):
+        loss = epoch(*args)
+        if args[4] == 2:
             raise KeyboardInterrupt
+        return loss
 
-    monkeypatch.setattr(train, "_keep", break_off)
+    monkeypatch.setattr(train, "_epoch", break_off)
     with pytest.raises(KeyboardInterrupt):
         train.train(run, 1)
-    monkeypatch.setattr(train, "_keep", keep)
     kept = torch.load(io.BytesIO(store.read_bytes(run.round(1).training)), weights_only=True)
     assert kept["epochs"] == 2
-    epochs, epoch = [], train._epoch
     monkeypatch.setattr(train, "_epoch", lambda *args: epochs.append(args[4]) or epoch(*args))
     train.train(run, 1)
     assert epochs == [2, 3]
@@ -101,7 +96,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(ray_session, tmp_pat
 def test_streamed_training_sees_every_image(ray_session, tmp_path, monkeypatch):
     """More data than a worker holds: each epoch streams all labelled images from Ray Data, and learns."""
     monkeypatch.setattr(train, "HOLD_BYTES", 0)
-    run = _selected(tmp_path, budget=60, train__epochs=15)
+    run = tiny.labelled(tmp_path, budget=60, train__epochs=15)
     seen, epoch = [], train._epoch
 
     def counted(job, model, optimizer, batches, *rest):
@@ -114,28 +109,54 @@ def test_streamed_training_sees_every_image(ray_session, tmp_path, monkeypatch):
     assert seen == [60] * 15 and facts["loss"] < 2.0
 
 
-def test_two_workers_train(ray_session, tmp_path):
-    """Two Ray Train processes (gloo), half of each batch each, end with the weights of one that has all of it."""
-    changes = {"budget": 16, "train__epochs": 2}
-    two = _selected(tmp_path / "two", train__workers=2, **changes)
-    train.train(two, 1)
-    one = _selected(tmp_path / "one", **changes)
-    train.train(one, 1)
-    start, end = _weights(two, 0), _weights(two)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(2, 0), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(0, 2, marks=pytest.mark.slow)],
+)
+def test_a_training_goes_on_with_other_workers(ray_session, tmp_path, capsys, first, second):
+    """Two Ray Train processes (gloo), half of each batch each, or one that has all of it, or the driver: epochs 3 and 4
+    by others than 1 and 2 end with the weights of an undisturbed training. (pytest -m slow -k other_workers: the rest.)
+    """
+    begun = tiny.labelled(tmp_path / "two", budget=16, train__epochs=2, train__workers=first)
+    train.train(begun, 1)
+    one = tiny.labelled(tmp_path / "one", budget=16)
+    assert train.train(one, 1)["epochs"] == 4
+    going_on = begun.config.train.model_copy(update={"epochs": 4, "workers": second})
+    train.train(replace(begun, config=begun.config.model_copy(update={"train": going_on})), 1)
+    assert "training goes on after epoch 2 of 4" in capsys.readouterr().err
+    start, end = _weights(begun, 0), _weights(begun)
     assert not any(torch.equal(value, start[name]) for name, value in end.items())
     assert all(torch.allclose(value, end[name], atol=1e-5) for name, value in _weights(one).items())
 
 
 def test_a_diverged_training_is_an_error(ray_session, tmp_path):
     """A loss that is not finite stops the run and says so."""
-    run = _selected(tmp_path, train__lr=1e30)
+    run = tiny.labelled(tmp_path, train__lr=1e30)
     with pytest.raises(RunError, match="training diverged in epoch"):
         train.train(run, 1)
 
 
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_workers_may_be_lost_as_long_as_epochs_are_kept(monkeypatch, epochs):
+    """20 fits fail, each with an epoch kept: the training goes on; the first without one is an error."""
+    kept = 0
+
+    def fit():
+        nonlocal kept
+        if kept == 20:
+            return SimpleNamespace(return_value="done")
+        kept += epochs
+        raise WorkerGroupError("lost", {0: RuntimeError("lost")})
+
+    monkeypatch.setattr(train, "_kept", lambda job: {"epochs": kept})
+    with nullcontext() if epochs else pytest.raises(WorkerGroupError):
+        job = SimpleNamespace(config=SimpleNamespace(epochs=20))
+        assert train._fit_while_it_goes_on(SimpleNamespace(fit=fit), job) == "done"
+
+
 def test_another_runs_weights_are_no_start(ray_session, tmp_path):
     """A checkpoint of another run in the place of the last round's is refused, naming both."""
-    run, other = _selected(tmp_path / "one"), _selected(tmp_path / "other")
+    run, other = tiny.labelled(tmp_path / "one"), tiny.labelled(tmp_path / "other")
     store.write_bytes(run.round(0).checkpoint, store.read_bytes(other.round(0).checkpoint))
     with pytest.raises(UserError, match=f"{other.id}.*{run.id}"):
         train.train(run, 1)

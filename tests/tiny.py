@@ -52,3 +52,11 @@ def begin(settings: Config, out) -> Run:
     run = Run.create_or_open(settings, str(out), open_pool(settings, str(out)))
     loop.do_round(run, 0)
     return run
+
+
+def labelled(folder, **changes) -> Run:
+    """An open run at `folder`/run with round 1 labelled at random, ready to train."""
+    run = begin(config(strategy="random", **changes), folder / "run")
+    for stage in ("extract", "score", "acquire", "label"):
+        loop.do_stage(run, 1, stage)
+    return run

@@ -4,10 +4,12 @@ first round rotation pretraining (Gidaris et al. 2018), or random weights.
 Every draw of randomness is seeded by (run, round, epoch): an interrupted training goes on to the same weights.
 """
 
+import copy
 import io
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,15 +19,16 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from raypfk import augment, models, progress, session, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError
+from raypfk.pool import Shard
 from raypfk.run import ImageSpec, Run
-from raypfk.stages.pool import Shard
 from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise
 
 ROTATIONS = 4
@@ -33,6 +36,13 @@ HOLD_BYTES = 2 * 1024**3
 """Training images of up to so many bytes, decoded, are held in every worker's memory; more are streamed each epoch."""
 SHUFFLE_ROWS = 16384
 """Rows of the local shuffle buffer when streaming."""
+KEEP_SECONDS = 30.0
+"""A finished epoch is kept if the last one kept is older. What a lost worker loses is bounded by this and an epoch, and
+by nothing it could do at the end: Ray ends a process without a word to the thread that trains in it."""
+
+
+KEPT = ("meta", "epochs", "loss", "net", "optimizer")
+"""Of an interrupted training."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,11 @@ def pretrain(run: Run, round: int = 0) -> dict:
     rows = run.pool.rows("pool")
     job = _job(run, 0, config.pretrain, rows, models.save(net, _meta(run, 0)))
     job = replace(job, classes=ROTATIONS, rotate=True)
-    images = decoded(_order(run, job, run.pool.shards("pool")), Decoder(run.pool, image))
+    decoder = Decoder(run.pool, image, rejects=run.round(0).rejects("pool"))
+    images = decoded(_order(run, job, run.pool.shards("pool")), decoder)
     facts = _fit(run, job, images)
     state, _ = models.load(store.read_bytes(job.output), job.output)
-    net.load_state_dict(state)
+    models.restore(net, state, job.output)
     models.replace_last_layer(net, run.classes, run.seed("last layer"))
     store.write_bytes(job.output, models.save(net, _meta(run, 0)))
     return facts | _passes(config.pretrain.epochs * rows * ROTATIONS)
@@ -81,11 +92,13 @@ def train(run: Run, round: int) -> dict:
     labels = run.labelled(round + 1)
     job = _job(run, round, run.config.train, labels.num_rows, checkpoint_of(run, round - 1))
     shards = _order(run, job, run.pool.locate(labels["image_id"].to_pylist()))
-    decoder = Decoder(run.pool, run.image, keep=ray.put(labels["image_id"].combine_chunks()))
+    wanted, rejects = ray.put(labels["image_id"].combine_chunks()), run.round(round).rejects("train")
+    decoder = Decoder(run.pool, run.image, keep=wanted, rejects=rejects)
     # Read and decoded once: the labelled images lie scattered over the pool's shards.
     images = decoded(shards, decoder).map_batches(_Labels(ray.put(labels)), batch_size=None).materialize()
     if images.count() != labels.num_rows:
-        raise RunError(f"{run.pool.uri}: {labels.num_rows - images.count()} labelled images can no longer be read")
+        missing = labels.num_rows - images.count()
+        raise RunError(f"{run.pool.uri}: {missing} labelled images cannot be read; why is in {rejects}")
     return _fit(run, job, images) | _passes(run.config.train.epochs * labels.num_rows)
 
 
@@ -137,7 +150,7 @@ def _fit(run: Run, job: Job, images: ray.data.Dataset) -> dict:
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker=_per_worker(config),
         ),
@@ -145,16 +158,33 @@ def _fit(run: Run, job: Job, images: ray.data.Dataset) -> dict:
             # Ray Train goes on silently with an earlier run of the same name: one name a round.
             name=f"{run.id[:12]}-round-{job.meta['round']:03d}",
             storage_path=config.storage or store.join(run.uri, "ray_train"),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=3),  # Ray does not count nodes that said they would go
         ),
         datasets={"train": images},
         # Workers that hold the data see all of it and share each batch; streaming ones get equal splits.
         dataset_config=ray.train.DataConfig(datasets_to_split=[] if job.hold else "all"),
     )
-    session.require("training", CPU=config.workers * config.threads, GPU=config.workers * config.gpus_per_worker)
+    least = config.min_workers or config.workers
+    session.require("training", CPU=least * config.threads, GPU=least * config.gpus_per_worker)
     with _interruptible():
-        loss = trainer.fit().return_value
-    return {"loss": loss, "epochs": config.epochs}
+        facts = _fit_while_it_goes_on(trainer, job)
+    if not math.isfinite(facts["loss"]):
+        loss, epoch = facts["loss"], facts["epochs"]
+        raise RunError(f"training diverged in epoch {epoch}: the loss is {loss}; a smaller lr may help")
+    return facts
+
+
+def _fit_while_it_goes_on(trainer: TorchTrainer, job: Job) -> dict:
+    """What the workers return. A long training may lose any number of them, but not too many in the same epochs."""
+    while True:
+        kept = _kept(job)["epochs"]
+        if kept:
+            progress.current().say(f"training goes on after epoch {kept} of {job.config.epochs}")
+        try:
+            return trainer.fit().return_value
+        except WorkerGroupError:
+            if _kept(job)["epochs"] == kept:
+                raise
 
 
 @contextmanager
@@ -174,10 +204,11 @@ def _per_worker(config: TrainConfig) -> dict[str, float]:
     return {"CPU": config.threads} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
 
 
-def train_worker(settings: dict) -> float:
+def train_worker(settings: dict) -> dict:
     """One Ray Train worker: epochs of SGD over its share of the data; rank 0 keeps the weights.
 
-    Returns the mean loss of the last epoch.
+    Returns the epochs done and the mean loss of the last. A loss that is not finite is for the driver to raise: of what
+    is raised here Ray Train thinks that it may not happen again.
     """
     job: Job = settings["job"]
     with _threads(job.config.threads):  # without workers this is the driver's own process
@@ -194,7 +225,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(job: Job) -> float:
+def _train(job: Job) -> dict:
     config, context = job.config, ray.train.get_context()
     net, kept = _start(job)
     done, loss = kept["epochs"], kept["loss"]
@@ -206,19 +237,19 @@ def _train(job: Job) -> float:
     if done:
         optimizer.load_state_dict(kept["optimizer"])
     data = _held(job) if job.hold else _streamed(job)
-    with progress.current().bar("pretrain" if job.rotate else "train", config.epochs, "epochs") as advance:
+    bar = progress.current().bar("pretrain" if job.rotate else "train", config.epochs, "epochs")
+    with _Keeper(job, context.get_world_rank() == 0) as keeper, bar as advance:
         advance(done)
-        for epoch in range(done, config.epochs):
+        while done < config.epochs:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, epoch)
-            loss = _epoch(job, model, optimizer, data(epoch), epoch, device)
+                group["lr"] = learning_rate(config, done)
+            loss = _epoch(job, model, optimizer, data(done), done, device)
+            done += 1
             if not math.isfinite(loss):
-                raise RunError(f"training diverged in epoch {epoch + 1}: the loss is {loss}; a smaller lr may help")
-            if context.get_world_rank() == 0:
-                _keep(job, net, optimizer, epoch + 1, loss)
-            ray.train.report({"epoch": epoch + 1, "loss": loss})
-            advance(1)
-    return loss
+                break
+            keeper.epoch(net, optimizer, done, loss)
+            advance(1)  # and nothing to ray.train.report, which takes 2 s an epoch, the period of its controller
+    return {"loss": loss, "epochs": done}
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
@@ -249,7 +280,10 @@ def _epoch(job: Job, model, optimizer, batches: Iterator, epoch: int, device: to
         optimizer.step()
         total += loss.detach() * len(label)
         count += len(label)
-    return float(total / max(1, count))
+    sums = torch.stack([total, torch.full_like(total, count)])
+    if dist.is_initialized():  # all workers come to the same loss, so all stop where it is not finite
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1].clamp(min=1))
 
 
 def _held(job: Job):
@@ -309,23 +343,51 @@ def _streamed(job: Job):
 def _start(job: Job) -> tuple[torch.nn.Module, dict]:
     """The network to train and what is kept of an interrupted training of this very round, if there was one."""
     net = models.build(job.model, job.image.channels, job.classes, job.image.size, seed=0)
+    kept = _kept(job)
+    if kept["epochs"]:
+        models.restore(net, kept["net"], job.partial)
+    else:
+        models.restore(net, models.load(ray.get(job.start), job.output)[0], job.output)
+    return net, kept
+
+
+def _kept(job: Job) -> dict:
     if store.exists(job.partial):
-        kept = torch.load(io.BytesIO(store.read_bytes(job.partial)), weights_only=True, map_location="cpu")
+        kept = models.unpack(store.read_bytes(job.partial), job.partial, KEPT)
         if kept["meta"] == job.meta:
-            net.load_state_dict(kept["net"])
-            return net, kept
-    state, _ = models.load(ray.get(job.start), job.output)
-    net.load_state_dict(state)
-    return net, {"epochs": 0, "loss": None}
+            return kept
+    return {"epochs": 0, "loss": None}
 
 
-def _keep(job: Job, net, optimizer, epochs: int, loss: float) -> None:
-    """Weights after the last epoch to `output`; now and then all that is needed to go on to `partial`."""
-    last = epochs == job.config.epochs
-    if last:
-        store.write_bytes(job.output, models.save(net, job.meta))
-    if last or epochs % job.config.checkpoint_every == 0:
-        kept = {"meta": job.meta, "epochs": epochs, "loss": loss, "net": net.state_dict()}
-        buffer = io.BytesIO()
-        torch.save(kept | {"optimizer": optimizer.state_dict()}, buffer)
-        store.write_bytes(job.partial, buffer.getvalue())
+class _Keeper:
+    """Weights after the last epoch to `output`; now and then, and however it ends, all that is needed to go on to
+    `partial`. writes: whether this worker does."""
+
+    def __init__(self, job: Job, writes: bool):
+        self._job, self._writes, self._last, self._not_kept = job, writes, time.monotonic(), None
+
+    def __enter__(self) -> "_Keeper":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.keep()
+
+    def epoch(self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, epochs: int, loss: float) -> None:
+        if not self._writes:
+            return
+        job = self._job
+        last = epochs == job.config.epochs
+        if last:
+            store.write_bytes(job.output, models.save(net, job.meta))
+        state = {"meta": job.meta, "epochs": epochs, "loss": loss, "net": net.state_dict()}
+        self._not_kept = copy.deepcopy(state | {"optimizer": optimizer.state_dict()})  # the next epoch changes them
+        if last or epochs % job.config.checkpoint_every == 0 or time.monotonic() - self._last > KEEP_SECONDS:
+            self.keep()
+
+    def keep(self) -> None:
+        """The last finished epoch, unless it is kept."""
+        if self._not_kept:
+            buffer = io.BytesIO()
+            torch.save(self._not_kept, buffer)
+            store.write_bytes(self._job.partial, buffer.getvalue())
+            self._not_kept, self._last = None, time.monotonic()
