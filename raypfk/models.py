@@ -3,6 +3,7 @@
 import copy
 import difflib
 import io
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -107,22 +108,60 @@ def save(net: nn.Module, meta: dict[str, str | int]) -> bytes:
 
 def load(data: bytes, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights, on the CPU, and `meta` of a file of `save`. Runs no code of the file's; UserError names `origin`."""
-    try:
-        tree = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file fails in as many ways as there are formats
-        raise UserError(
-            f"{origin}: expected a checkpoint of raypfk (weights and plain values, no code), "
-            f"found {len(data)} bytes that are not one ({type(error).__name__})"
-        ) from None
-    if not isinstance(tree, dict) or set(tree) != {"weights", "meta"}:
-        found = f"a dict of {sorted(map(str, tree))[:6]}" if isinstance(tree, dict) else type(tree).__name__
-        raise UserError(f"{origin}: expected a checkpoint of raypfk with 'weights' and 'meta', found {found}")
+    tree = unpack(data, origin, ("weights", "meta"))
     weights, meta = tree["weights"], tree["meta"]
     if not isinstance(meta, dict) or not isinstance(weights, dict):
         raise UserError(f"{origin}: expected a checkpoint of raypfk, found 'weights' or 'meta' that is not a dict")
     if not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{origin}: expected a checkpoint of raypfk, found weights that are not tensors")
     return weights, meta
+
+
+def unpack(data: bytes, origin: str, names: Sequence[str]) -> dict[str, Any]:
+    """What a torch file holds under just these names. Runs no code of the file's; UserError names `origin`."""
+    try:
+        _refuse_bomb(data)
+        tree = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file fails in as many ways as there are formats
+        why = str(error) if isinstance(error, _Bomb) else type(error).__name__
+        raise UserError(
+            f"{origin}: expected a checkpoint of raypfk (weights and plain values, no code), "
+            f"found {len(data)} bytes that are not one ({why})"
+        ) from None
+    if not isinstance(tree, dict) or set(tree) != set(names):
+        found = f"a dict of {sorted(map(str, tree))[:6]}" if isinstance(tree, dict) else type(tree).__name__
+        wanted = " and ".join(map(repr, names))
+        raise UserError(f"{origin}: expected a checkpoint of raypfk with {wanted}, found {found}")
+    return tree
+
+
+def restore(net: nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Give the network these weights. UserError that names `origin` and the first that is not the network's."""
+    own = net.state_dict()
+    for name in [*own, *weights]:
+        wanted, came = (_shape(kept[name]) if name in kept else "none" for kept in (own, weights))
+        if wanted != came:
+            raise UserError(f"{origin}: weights of another network: {name!r} is {came}, expected {wanted}")
+        if not weights[name].isfinite().all():
+            raise UserError(f"{origin}: expected finite weights, found NaN or infinity in {name!r}")
+    net.load_state_dict(weights)
+
+
+def _shape(weight: Tensor) -> str:
+    kind = str(weight.dtype).removeprefix("torch.")
+    return " x ".join([*map(str, weight.shape), kind if weight.layout == torch.strided else str(weight.layout)])
+
+
+class _Bomb(ValueError):
+    pass
+
+
+def _refuse_bomb(data: bytes) -> None:
+    """torch.save compresses nothing: a file that unpacks to more than it is was made to fill the memory."""
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        size = sum(member.file_size for member in members.infolist())
+    if size > len(data):
+        raise _Bomb(f"they would unpack to {size} bytes")
 
 
 def _torchvision(name: str, classes: int) -> nn.Module:

@@ -7,6 +7,8 @@ from raypfk import store
 from raypfk.loop import STAGES, images_left
 from raypfk.run import Run
 
+METRICS = {"labelled": int, "test_accuracy": float}
+
 
 def read(run_dir: str) -> dict:
     """{run, strategy, label_estimator, seed, budget, rounds, finished, done: [{round, stages, labelled, ...}]}."""
@@ -16,7 +18,7 @@ def read(run_dir: str) -> dict:
         stages = [name for name in STAGES if run.done(number, name)]
         if not stages:
             break
-        metrics = store.read_json(run.round(number).metrics) if "evaluate" in stages else {}
+        metrics = store.read_record(run.round(number).metrics, METRICS) if "evaluate" in stages else {}
         markers = {name: run.done(number, name) for name in stages}
         done.append(
             {

@@ -1,6 +1,7 @@
 """Label: the oracle. Simulated, from the pool's hidden labels, or a person's answers in a file."""
 
 import io
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,6 +11,7 @@ from raypfk import store
 from raypfk.errors import UserError, WaitingForLabels
 from raypfk.run import Run
 from raypfk.schema import LABELS, SELECTION
+from raypfk.sources.labels import column_names, csv_bytes, expect_once
 
 
 def label(run: Run, round: int) -> dict:
@@ -49,8 +51,8 @@ def _answers(run: Run, round: int, selected: pa.Array) -> pa.Array:
         )
     answers = _read_csv(files.answers)
     ids = answers["image_id"].to_pylist()
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{files.answers}: an image_id stands in it twice")
+    if twice := [i for i, count in Counter(ids).items() if count > 1]:
+        raise UserError(f"{files.answers}: image {twice[0]!r} is there {ids.count(twice[0])} times, expected once")
     if strange := sorted(set(ids) - set(selected.to_pylist())):
         raise UserError(f"{files.answers}: {strange[0]!r} was not selected in round {round} of {run.uri}")
     given = dict(zip(ids, answers["label"].to_pylist(), strict=True))
@@ -62,16 +64,19 @@ def _read_csv(uri: str) -> pa.Table:
         column_types={"image_id": pa.string(), "label": pa.string()}, include_columns=["image_id", "label"]
     )
     try:
-        return pa.csv.read_csv(io.BytesIO(store.read_bytes(uri)), convert_options=as_text)
+        data = csv_bytes(uri)
+        expect_once(uri, column_names(uri), ["image_id", "label"])
+        return pa.csv.read_csv(io.BytesIO(data), convert_options=as_text)
     except (pa.ArrowInvalid, KeyError) as error:
-        raise UserError(f"{uri}: expected CSV with the columns image_id,label: {error}") from None
+        message = " ".join(str(error).split())
+        raise UserError(f"{uri}: expected CSV with the columns image_id,label: {message}") from None
 
 
 def _class(answer: str | None, names: list[str], image_id: str, uri: str) -> int:
     if answer in names:
         return names.index(answer)
     # An index is taken only where no class is named by a number: class "10" may have index 1.
-    if answer and answer.isdigit() and int(answer) < len(names) and not any(n.isdigit() for n in names):
+    if answer in map(str, range(len(names))) and not any(n.isdigit() for n in names):
         return int(answer)
-    came = "no label" if not answer else repr(answer)
+    came = "no label" if not answer else repr(answer[:60])
     raise UserError(f"{uri}: image {image_id!r}: expected one of the classes {', '.join(names[:20])}, found {came}")
