@@ -13,8 +13,12 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from raypfk import isolated, store
+from raypfk import isolated, loop, store
+from raypfk.config import DataConfig
+from raypfk.errors import UserError
 from raypfk.images import BadImage
+from raypfk.run import Run
+from raypfk.stages.pool import build
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -77,11 +81,7 @@ def test_what_kills_the_child_is_known_and_the_next_image_has_another(poisoned, 
 
 def test_a_run_goes_on_past_poison(poisoned, tmp_path):
     """A pool by reference: no image is looked at before extraction. Its run ends; the poison is in the rejects."""
-    digits = load_digits()
-    for i in range(300):
-        folder = tmp_path / "in" / str(digits.target[i])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i:03d}.png").write_bytes(png((digits.images[i] * 15).astype(np.uint8)))
+    _digits(tmp_path / "in")
     _raypfk(
         "pool", "build", str(tmp_path / "in"), str(tmp_path / "pool"), "--validation", "60", "--test", "30",
         "--shard-rows", "32", "--by-reference",
@@ -106,6 +106,35 @@ def test_a_run_goes_on_past_poison(poisoned, tmp_path):
         assert reason in rejects[row["image_id"]]
     assert store.names(folder, ".trying") == []
     _raypfk("verify", str(tmp_path / "run"))
+
+
+def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
+    """A third of a pool by reference went bad: extraction stops, and goes on where `max_rejects` allows it."""
+    _digits(tmp_path / "in")
+    data = DataConfig(
+        source="folder", root=str(tmp_path / "in"), validation=60, test=30, shard_rows=32, by_reference=True
+    )
+    pool = build(data, str(tmp_path / "pool"), 0)
+    uris = [row["uri"] for shard in pool.shards("pool") for row in pool.read_shard(shard).to_pylist()]
+    for uri in uris[::3]:
+        Path(uri).write_bytes(b"")
+    tree = {"data": {"pool": pool.uri}, "image": {"size": 16, "resize": 16, "channels": 1}}
+    run = tiny.begin(tiny.config(**tree), tmp_path / "run")
+    with pytest.raises(UserError, match=r"of 210 images are rejected, more than data.max_rejects .*empty file"):
+        loop.do_stage(run, 1, "extract")
+    allowed = tiny.config(**tree | {"data": {"pool": pool.uri, "max_rejects": 0.5}})
+    run = Run.create_or_open(allowed, run.uri, pool)
+    loop.do_stage(run, 1, "extract")
+    assert run.done(1, "extract")["rejected"] == len(uris[::3]) == 70
+
+
+def _digits(root: Path) -> None:
+    """300 of them, a folder for each class."""
+    digits = load_digits()
+    for i in range(300):
+        folder = root / str(digits.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:03d}.png").write_bytes(png((digits.images[i] * 15).astype(np.uint8)))
 
 
 def _raypfk(*args: str) -> str:
