@@ -51,12 +51,14 @@ def ray_session(verbose: bool = False, cpus: int | None = None) -> Iterator[None
     try:
         yield
     finally:
-        ray.shutdown()
+        with _own_sigterm():
+            ray.shutdown()
 
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """ray.init lets SIGTERM end the program by sys.exit from then on: a program with an answer of its own keeps it."""
+    """ray.init lets SIGTERM end the program by sys.exit from then on, and ray.shutdown by its default: a program with
+    an answer of its own keeps it. (While Ray's core shuts down, a SIGTERM still ends the program at once.)"""
     answer = signal.getsignal(signal.SIGTERM)
     ours = callable(answer) and threading.current_thread() is threading.main_thread()
     try:
