@@ -25,7 +25,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python jobs/… puts jobs/ there, not the repository
 
 from jobs.drill.account import account
-from jobs.drill.faults import FAULTS, Fault
+from jobs.drill.faults import FAULTS, LEFT_OUT, Fault
 from jobs.drill.place import BUCKET, MOST_STARTS, Failure, Missed, Place, Trial, Undisturbed
 from tests import faulty_s3, rados_gateway, tiny
 
@@ -184,6 +184,8 @@ def main(runs, seed, only, rounds, keep, store):
     scratch = Path(tempfile.mkdtemp(prefix="drill-"))
     logs = keep or scratch / "logs"
     outcomes = []
+    if LEFT_OUT:
+        print(f"left out, as they need root: {', '.join(LEFT_OUT)}", file=sys.stderr)
     with rados_gateway.STORES[store]() as behind, faulty_s3.running(behind, address()) as s3:
         place = Place(scratch, s3)
         place.start_ray()

@@ -124,7 +124,7 @@ class Local(Filesystem):
         except BaseException as error:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
-            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say of what
+            if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not say of what
                 raise OSError(error.errno, error.strerror, path) from None
             raise
 

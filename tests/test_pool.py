@@ -283,7 +283,8 @@ def test_too_many_rejects_stop_the_build_with_a_summary(ray_session, tmp_path):
         build(folder(root), str(tmp_path / "p"), 0)
     said = str(error.value)
     assert re.search(r"1[12] of 40 images are rejected, more than data\.max_rejects \(0\.1\) allows", said)
-    assert "x 'empty file', as dog/000.png: empty file" in said and "x 'not an image in a known format" in said
+    assert re.search(r"\d x 'empty file', as dog/00\d\.png: empty file", said)  # the first one found
+    assert "x 'not an image in a known format" in said
     pool = build(folder(root, max_rejects=0.5), str(tmp_path / "p"), 0)
     assert (pool.rows("pool"), pool.manifest["rejects"]) == (28, 12)
     with pytest.raises(UserError, match="max_rejects \\(11\\) allows"):

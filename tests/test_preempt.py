@@ -31,7 +31,7 @@ def _stop(begun: Driver, *there_before: Path) -> None:
     begun.process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     code = begun.send(signal.SIGTERM)
-    # Ray's core sets SIGTERM back to its default while it shuts down: all is kept and given back by then.
+    # A shell says 143 of both: Ray's core sets SIGTERM back to its default while it shuts down, after all else.
     assert code in (143, -signal.SIGTERM), begun.said()
     if code == 143:
         assert begun.said().endswith("raypfk: stopped by SIGTERM; the same command goes on from here\n")

@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,15 +32,16 @@ Rows = tuple[list[str], list[str], list[Label]]
 """Ids, keys, labels."""
 
 
-class _Listed:
+class _Listed(ABC):
     """A source whose listing is a table."""
 
     root: str
     validation_root: str | None
     test_root: str | None
 
+    @abstractmethod
     def _rows(self, root: str, field: str, prefix: str) -> Rows:
-        raise NotImplementedError
+        """Of one split. field: where the configuration says root; prefix: of the ids."""
 
     def list(self) -> Listing:
         parts = {"train": self._rows(self.root, "data.root", "")}
