@@ -45,10 +45,17 @@ class NotAFile(OSError):
     """A device, a pipe or a socket: it may have no end, or never begin."""
 
 
+class TooLong(OSError):
+    """A file of more bytes than were wanted, none of which was read."""
+
+    def __init__(self, uri: str, size: int, most: int):
+        super().__init__(errno.EFBIG, f"{size:,} bytes, expected at most {most:,}", uri)
+
+
 class Filesystem(ABC):
     @abstractmethod
-    def read(self, path: str) -> bytes:
-        """All of a file, in one request."""
+    def read(self, path: str, most: int | None = None) -> bytes:
+        """All of a file, in one request. TooLong where it has more than `most` bytes."""
 
     @abstractmethod
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -98,8 +105,9 @@ class Filesystem(ABC):
 class Local(Filesystem):
     """This machine's files, those of network mounts included. Paths are absolute."""
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int | None = None) -> bytes:
         with open(_regular(path), "rb") as stream:
+            _expect(path, os.fstat(stream.fileno()).st_size, most)
             return stream.read()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -213,6 +221,11 @@ def _regular(path: str) -> str:
     return path
 
 
+def _expect(uri: str, size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise TooLong(uri, size, most)
+
+
 class Arrow(Filesystem):
     """Any other that pyarrow knows (gs://, abfss://, hdfs://). It has no conditional writes: a lease is a promise."""
 
@@ -224,9 +237,10 @@ class Arrow(Filesystem):
             message = f"{root}: not a place that can be read or written: {' '.join(str(error).split())}"
             raise UserError(re.sub("//[^/@ ]*@", "//", message)) from None  # what stands there may be a key
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, most: int | None = None) -> bytes:
         def attempt() -> bytes:
             with self._fs.open_input_file(path) as stream:
+                _expect(f"{self._root}/{path}", stream.size(), most)
                 return stream.read()
 
         return self._do(path, attempt)
@@ -305,7 +319,7 @@ class Arrow(Filesystem):
         def attempt() -> Any:
             try:
                 return action()
-            except (FileNotFoundError, PermissionError):
+            except (FileNotFoundError, PermissionError, TooLong):
                 raise
             except OSError as error:  # pyarrow tells no other two apart
                 raise Transient from error

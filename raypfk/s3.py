@@ -22,7 +22,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 
 from raypfk.errors import UserError
-from raypfk.filesystems import Entry, Filesystem, Version
+from raypfk.filesystems import Entry, Filesystem, TooLong, Version
 from raypfk.retry import Transient, retried
 
 CONNECTIONS = 64
@@ -66,8 +66,15 @@ def _client():
 class S3(Filesystem):
     """Paths are "bucket/key"."""
 
-    def read(self, path: str) -> bytes:
-        return self._do(path, lambda at: self._whole(_client().get_object(**at)))
+    def read(self, path: str, most: int | None = None) -> bytes:
+        def get(at: dict[str, str]) -> bytes:
+            answer = _client().get_object(**at)
+            if most is not None and answer["ContentLength"] > most:
+                answer["Body"].close()
+                raise TooLong(f"s3://{path}", answer["ContentLength"], most)
+            return self._whole(answer)
+
+        return self._do(path, get)
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         return self.range(path, start, stop)[0] if stop > start else b""

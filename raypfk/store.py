@@ -98,10 +98,11 @@ def paths(uri: str, suffix: str = "") -> list[str]:
     return [join(uri, name) for name in names(uri, suffix)]
 
 
-def fetch(uri: str) -> bytes:
-    """All of a file, in one request. Raises FileNotFoundError and PermissionError as they come."""
+def fetch(uri: str, most: int | None = None) -> bytes:
+    """All of a file, in one request. Raises FileNotFoundError, PermissionError, and TooLong beyond `most` bytes, as
+    they come."""
     fs, path = resolve(uri)
-    return fs.read(path)
+    return fs.read(path, most)
 
 
 def fetch_range(uri: str, start: int, stop: int) -> bytes:

@@ -10,7 +10,7 @@ from PIL import Image
 from raypfk import sources, store
 from raypfk.config import ColumnsConfig, DataConfig
 from raypfk.errors import UserError
-from raypfk.sources import UNKNOWN
+from raypfk.sources import UNKNOWN, files
 
 
 def png(value: int) -> bytes:
@@ -261,6 +261,19 @@ def test_what_a_list_names_may_be_gone_or_forbidden(s3):
     assert read(source, listing.train) == [
         png(0), "cannot be read: permission denied", png(2), "cannot be read: it is gone since it was listed",
     ]  # fmt: skip
+
+
+def test_what_is_too_long_to_be_an_image_is_not_read(root, tmp_path, monkeypatch):
+    """As a file of its own and in a tar, on this machine and in S3."""
+    store.write_bytes(f"{root}/list.csv", f"uri\n{root}/0.png\n{root}/1.png\n".encode())
+    store.write_bytes(f"{root}/0.png", png(0))
+    store.write_bytes(f"{root}/1.png", png(1) + b"." * 1000)
+    monkeypatch.setattr(files, "LONGEST", 500)
+    source, listing = listed("manifest", f"{root}/list.csv")
+    said = "cannot be read: {:,} bytes, expected at most 500"
+    assert read(source, listing.train) == [png(0), said.format(len(png(1)) + 1000)]
+    span = files.span_key(f"{root}/1.png", 0, 501)
+    assert list(source.read([span])) == [said.format(501)]
 
 
 # ----------------------------------------------------------------------------------------------------------- labels

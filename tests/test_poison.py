@@ -18,6 +18,7 @@ from raypfk.config import DataConfig
 from raypfk.errors import UserError
 from raypfk.images import BadImage
 from raypfk.run import Run
+from raypfk.stages import train
 from raypfk.stages.pool import build
 from tests import tiny
 
@@ -126,6 +127,29 @@ def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
     run = Run.create_or_open(allowed, run.uri, pool)
     loop.do_stage(run, 1, "extract")
     assert run.done(1, "extract")["rejected"] == len(uris[::3]) == 70
+
+
+def test_training_goes_on_without_labelled_images_that_are_gone(ray_session, tmp_path, capsys):
+    """`random` buys images that nobody has looked at: 2 of the 12 are bad. Where all are, training stops."""
+    _digits(tmp_path / "in")
+    data = DataConfig(source="folder", root=str(tmp_path / "in"), validation=60, test=30, by_reference=True)
+    pool = build(data, str(tmp_path / "pool"), 0)
+    image = {"size": 16, "resize": 16, "channels": 1}
+    run = tiny.labelled(tmp_path, data={"pool": pool.uri}, image=image, train__epochs=1)
+    labelled = set(run.read(run.round(1).labels)["image_id"].to_pylist())
+    places = [
+        Path(row["uri"]) for shard in pool.shards("pool") for row in pool.read_shard(shard).to_pylist()
+        if row["image_id"] in labelled
+    ]  # fmt: skip
+    for place in places[:2]:
+        place.write_bytes(b"")
+    loop.do_stage(run, 1, "train")
+    assert run.done(1, "train")["forward"] == 10
+    assert "2 of 12 labelled images cannot be read" in capsys.readouterr().err
+    for place in places:
+        place.write_bytes(b"")
+    with pytest.raises(UserError, match=r"12 of 12 images are rejected, more than data\.max_rejects"):
+        train.train(run, 1)
 
 
 def _digits(root: Path) -> None:

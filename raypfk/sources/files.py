@@ -6,14 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 from raypfk import store
-from raypfk.filesystems import NotAFile
+from raypfk.filesystems import NotAFile, TooLong
 
 IN_FLIGHT = {True: 32, False: 4}
 """Reads at once: an object store answers late, a disk at once."""
 GAP = 1 << 20
 """Bytes between two spans that are read rather than asked for apart."""
 MOST = 1 << 26
-"""Bytes asked for at once."""
+"""Bytes of neighbours asked for at once."""
+LONGEST = 1 << 30
+"""Bytes of an image: one that is longer, as a film with a picture's name is, is not read into memory."""
 
 
 class Files:
@@ -60,8 +62,10 @@ def _read(part: tuple[str, list[tuple[int, int] | None]]) -> list[bytes | str]:
     path, spans = part
     try:
         if spans[0] is None:
-            return [store.fetch(path)]
+            return [store.fetch(path, LONGEST)]
         first = spans[0][0]
+        if len(spans) == 1 and spans[0][1] - first > LONGEST:
+            raise TooLong(path, spans[0][1] - first, LONGEST)
         data = store.fetch_range(path, first, spans[-1][1])
         return [data[start - first : stop - first] for start, stop in spans]
     except PermissionError:
@@ -70,7 +74,7 @@ def _read(part: tuple[str, list[tuple[int, int] | None]]) -> list[bytes | str]:
         reason = "cannot be read: it is gone since it was listed"
     except IsADirectoryError:
         reason = "cannot be read: a folder"
-    except NotAFile as error:
+    except (NotAFile, TooLong) as error:
         reason = f"cannot be read: {error.strerror}"
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR):

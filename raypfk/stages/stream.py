@@ -61,8 +61,8 @@ class Decoder:
             else:
                 decoded.append(pixels.numpy())
                 good.append(i)
-        if bad and self.rejects:
-            store.write_table(store.join(self.rejects, shard.name), pa.Table.from_pylist(bad, REJECTS))
+        if self.rejects:
+            self._note(store.join(self.rejects, shard.name), bad)
         shape = (0, spec.channels, spec.size, spec.size)
         table = table.drop_columns(held).take(pa.array(good, pa.int64()))
         return {
@@ -70,6 +70,13 @@ class Decoder:
             "image": np.stack(decoded) if decoded else np.empty(shape, np.uint8),
             **{name: table[name].to_numpy() for name in table.column_names},
         }
+
+    @staticmethod
+    def _note(path: str, bad: list[dict[str, str]]) -> None:
+        if bad:
+            store.write_table(path, pa.Table.from_pylist(bad, REJECTS))
+        else:
+            store.delete(path)  # an attempt that did not end may have met what is mended by now
 
     def _wanted(self, table: pa.Table) -> pa.Table:
         if self.keep is not None:

@@ -28,6 +28,7 @@ from raypfk import augment, models, progress, session, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError
 from raypfk.pool import Shard
+from raypfk.rejects import Rejects
 from raypfk.run import ImageSpec, Run
 from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise
 
@@ -96,10 +97,19 @@ def train(run: Run, round: int) -> dict:
     decoder = Decoder(run.pool, run.image, keep=wanted, rejects=rejects)
     # Read and decoded once: the labelled images lie scattered over the pool's shards.
     images = decoded(shards, decoder).map_batches(_Labels(ray.put(labels)), batch_size=None).materialize()
-    if images.count() != labels.num_rows:
-        missing = labels.num_rows - images.count()
-        raise RunError(f"{run.pool.uri}: {missing} labelled images cannot be read; why is in {rejects}")
-    return _fit(run, job, images) | _passes(run.config.train.epochs * labels.num_rows)
+    count = images.count()
+    if count < labels.num_rows:
+        _leave_out(run, labels.num_rows, count, rejects)
+    return _fit(run, job, images) | _passes(run.config.train.epochs * count)
+
+
+def _leave_out(run: Run, labelled: int, readable: int, folder: str) -> None:
+    """Images of a pool by reference that are gone since, or that `random` chose unread: said, unless too many are."""
+    why = f"{labelled - readable} of {labelled} labelled images cannot be read, why is in {folder}"
+    Rejects(f"{run.uri}: training", labelled, run.config.data.max_rejects, folder).look()
+    if not readable:
+        raise RunError(f"{run.pool.uri}: {why}")
+    progress.current().say(f"{why}: training without them")
 
 
 def _order(run: Run, job: Job, shards: list[Shard]) -> list[Shard]:

@@ -189,6 +189,7 @@ PLACES = {
     "zero": "neither a file nor a folder",
     "pipe": "neither a file nor a folder",
     "loop": "too many levels of symbolic links",
+    "film.png": "1,073,741,825 bytes, expected at most 1,073,741,824",
     "nowhere.png": "it is gone since it was listed",
     "a.png/b.png": "not a directory",
     "x" * 5000: "file name too long",
@@ -201,6 +202,8 @@ def test_places_that_cannot_be_read_say_why(tmp_path):
     (tmp_path / "zero").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "film.png").touch()
+    os.truncate(tmp_path / "film.png", (1 << 30) + 1)  # takes no room
     (tmp_path / "a.png").write_bytes(png(1))
     rows = [f"{place},{i}" for i, place in enumerate(["a.png", *PLACES])]
     (tmp_path / "list.csv").write_text("\n".join(["uri,image_id", *rows]))
