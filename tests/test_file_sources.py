@@ -5,18 +5,12 @@ import tarfile
 
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from raypfk import sources, store
 from raypfk.config import ColumnsConfig, DataConfig
 from raypfk.errors import UserError
 from raypfk.sources import UNKNOWN, files
-
-
-def png(value: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (6, 5), (value % 256, value // 256, 7)).save(stream, "PNG")
-    return stream.getvalue()
+from tests.folders import png
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -10,8 +10,8 @@ import pytest
 from raypfk import sources
 from raypfk.config import ColumnsConfig, DataConfig
 from raypfk.stages import pool as pools
+from tests.folders import png
 from tests.hostile import refusal
-from tests.test_file_sources import png
 
 pytestmark = pytest.mark.usefixtures("limits")
 IMAGES = [png(i) for i in range(4)]

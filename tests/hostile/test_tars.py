@@ -9,8 +9,9 @@ import pytest
 
 from raypfk import sources
 from raypfk.config import DataConfig
+from tests.folders import png
 from tests.hostile import refusal
-from tests.test_file_sources import png, special, tar
+from tests.test_file_sources import special, tar
 
 pytestmark = pytest.mark.usefixtures("limits")
 END = bytes(1024)
