@@ -1,8 +1,11 @@
 """The files in cluster/ are well-formed, agree with each other, and fit configs/imagenet.yaml."""
 
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -216,3 +219,13 @@ def test_the_clusters_can_place_what_imagenet_asks_for(name, request, imagenet):
         assert 0 < section.workers * section.gpus_per_worker <= gpus
     assert r.score_actors * r.score_threads <= cpus and r.score_actors * r.score_gpus <= gpus
     assert r.score_threads <= max(cpu for _, cpu, _ in sizes)
+
+
+def test_a_machine_that_vanishes_is_noticed_soon():
+    """What raypfk sets for its own process is in effect there, and what the image sets for all."""
+    names = ("RAY_grpc_client_keepalive_time_ms", "RAY_grpc_client_keepalive_timeout_ms")
+    reads = ", ".join(f"Config.{name.removeprefix('RAY_')}()" for name in names)
+    program = f"import raypfk; from ray._raylet import Config; print({reads})"
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == re.findall(r"_ms=(\d+)", (CLUSTER / "Dockerfile").read_text()) == ["20000", "20000"]
