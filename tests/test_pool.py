@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raypfk import sources, store
+from raypfk import lease, sources, store
 from raypfk.config import DataConfig, ImbalanceConfig
 from raypfk.errors import RunError, UserError
 from raypfk.pool import Pool
@@ -213,6 +213,19 @@ def test_trouble_that_is_no_images_fault_stops_the_build(ray_session, tmp_path, 
     monkeypatch.setattr(pools.sources, "of", lambda data: Broken(data.root))
     with pytest.raises(RunError, match=r"pool/00000\.parquet: OSError: .*Input/output error"):
         build(folder(tree(tmp_path / "in", 2)), str(tmp_path / "p"), 0)
+
+
+def test_who_lost_the_lease_writes_no_more_files(ray_session, tmp_path, monkeypatch):
+    """Another has built the pool meanwhile, of what its source had then."""
+    dest = tmp_path / "p"
+
+    def lost(uri):
+        raise lease.Lost(f"{uri}: held by another")
+
+    monkeypatch.setattr(pools.lease, "check", lost)
+    with pytest.raises(lease.Lost):
+        build(folder(tree(tmp_path / "in")), str(dest), 0)
+    assert not (dest / "pool").exists() and not (dest / "manifest.json").exists()
 
 
 def test_file_that_vanishes_is_a_reject(ray_session, tmp_path, monkeypatch):

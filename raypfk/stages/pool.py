@@ -216,6 +216,7 @@ def _write_files(splits: dict[str, Entries], before: Pool | None, data: DataConf
         while True:
             # More than can run at once: a cluster grows only where tasks wait.
             while len(running) < 2 * session.cpus() + 2 and (plan := next(waiting, None)) is not None:
+                lease.check(dest)  # a driver that stood still may write over what another did of a newer listing
                 running[task.remote(plan)] = len(written), plan
                 written.append(None)
             if not running:
