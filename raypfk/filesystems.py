@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,6 @@ class Entry(NamedTuple):
     """A file or folder that was listed. path: relative to the listed folder."""
 
     path: str
-    size: int
     is_folder: bool
 
 
@@ -199,9 +199,9 @@ class Local(Filesystem):
             if item.is_dir() and recursive:
                 yield from self._below(item.path, f"{prefix}{item.name}/", True, above | {real})
             elif item.is_dir():
-                yield Entry(prefix + item.name, 0, True)
+                yield Entry(prefix + item.name, True)
             else:
-                yield Entry(prefix + item.name, item.stat(follow_symlinks=False).st_size, False)
+                yield Entry(prefix + item.name, False)
 
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
@@ -224,6 +224,10 @@ def _regular(path: str) -> str:
 def _expect(uri: str, size: int, most: int | None) -> None:
     if most is not None and size > most:
         raise TooLong(uri, size, most)
+
+
+_OBJECTS = ("gs://", "gcs://", "abfs://", "abfss://")
+"""Stores without folders, and without a rename that is one step."""
 
 
 class Arrow(Filesystem):
@@ -257,12 +261,25 @@ class Arrow(Filesystem):
 
     def write(self, path: str, data: Any) -> None:
         def attempt() -> None:
-            if not (self._root.startswith(("gs://", "abfs"))):
-                self._fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-            with self._fs.open_output_stream(path) as stream:
-                stream.write(data)
+            if self._root.startswith(_OBJECTS):
+                self._put(path, data)
+                return
+            folder, _, name = path.rpartition("/")
+            self._fs.create_dir(folder, recursive=True)
+            temporary = f"{folder}/.{name}.{uuid.uuid4().hex}"
+            try:
+                self._put(temporary, data)
+                self._fs.move(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    self._fs.delete_file(temporary)
+                raise
 
         self._do(path, attempt)
+
+    def _put(self, path: str, data: Any) -> None:
+        with self._fs.open_output_stream(path) as stream:
+            stream.write(data)
 
     def create(self, path: str, data: bytes) -> Version | None:
         if self.size(path) is not None:
@@ -305,7 +322,7 @@ class Arrow(Filesystem):
         for info in self._do(path, lambda: self._fs.get_file_info(selector)):
             folder = info.type == pafs.FileType.Directory
             if not (folder and recursive):
-                yield Entry(info.path.removeprefix(path).lstrip("/"), info.size or 0, folder)
+                yield Entry(info.path.removeprefix(path).lstrip("/"), folder)
 
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):

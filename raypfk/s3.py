@@ -182,11 +182,11 @@ class S3(Filesystem):
         while True:
             page = self._do(path, lambda at, o=options: _client().list_objects_v2(Bucket=at["Bucket"], **o))
             for item in page.get("CommonPrefixes", ()):
-                yield Entry(item["Prefix"].removeprefix(root).rstrip("/"), 0, True)
+                yield Entry(item["Prefix"].removeprefix(root).rstrip("/"), True)
             for item in page.get("Contents", ()):
                 name = item["Key"].removeprefix(root)
                 if name and not name.endswith("/"):  # keys that stand for folders
-                    yield Entry(name, item["Size"], False)
+                    yield Entry(name, False)
             if not page.get("IsTruncated"):
                 return
             options["ContinuationToken"] = page["NextContinuationToken"]

@@ -6,6 +6,7 @@ A write is seen whole or not at all: local files go through a temporary name and
 import hashlib
 import json
 import os
+import re
 import reprlib
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def _filesystem(root: str) -> Filesystem:
 def resolve(uri: str) -> tuple[Filesystem, str]:
     """The filesystem of a path or URI, and the path in it.
 
-    UserError for a scheme that nothing answers to, and for keys or options in an s3:// URI, which logs would show.
+    UserError for a scheme that nothing answers to, and for keys in a URI, or options of s3://, which logs would show.
     """
     if "\0" in uri:
         raise UserError(f"{uri!r}: expected a path or URI, found a NUL in it")
@@ -55,10 +56,15 @@ def resolve(uri: str) -> tuple[Filesystem, str]:
         return _filesystem(""), absolute(uri)
     scheme, rest = uri.split("://", 1)
     host = rest.split("/", 1)[0]
-    if scheme == "s3" and (not host or "@" in host or ":" in host):
-        where = rest.rsplit("@", 1)[-1]
-        raise UserError(f"s3://{where}: expected s3://bucket/key; credentials come from the environment or a profile")
+    user, at, _ = host.rpartition("@")  # in abfss:// the user is a container's name
+    if (scheme == "s3" and (not host or at or ":" in host)) or ":" in user or _SECRET.search(rest):
+        where, form = rest.rsplit("@", 1)[-1].partition("?")[0], "bucket/key" if scheme == "s3" else "host/path"
+        expected = f"expected {scheme}://{form}; credentials come from the environment or a profile"
+        raise UserError(f"{scheme}://{where}: {expected}")
     return _filesystem(f"{scheme}://{'' if scheme == 's3' else host}"), rest
+
+
+_SECRET = re.compile(r"[?&;][^=/]*(secret|key|token|sig|password)[^=/]*=", re.IGNORECASE)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 
 from raypfk import retry, store
 from raypfk.errors import UserError
-from raypfk.filesystems import Entry, Local
+from raypfk.filesystems import Arrow, Entry, Local, TooLong
 from raypfk.retry import GaveUp, Transient, retried
 from tests.conftest import STORE
 
@@ -40,7 +40,7 @@ def test_files_are_written_read_listed_and_deleted(root):
         store.write_bytes(store.join(root, name), name.encode())
     assert store.read_bytes(store.join(root, "deep/er/c.txt")) == b"deep/er/c.txt"
     assert store.names(root, ".txt") == ["a.txt", "b.txt"]
-    assert set(fs.list(path)) == {Entry("a.txt", 5, False), Entry("b.txt", 5, False), Entry("deep", 0, True)}
+    assert set(fs.list(path)) == {Entry("a.txt", False), Entry("b.txt", False), Entry("deep", True)}
     assert {entry.path for entry in fs.list(path, recursive=True)} == {"a.txt", "b.txt", "deep/er/c.txt"}
     assert store.exists(store.join(root, "deep")) and store.exists(store.join(root, "a.txt"))
     assert not store.exists(store.join(root, "a.tx")) and not store.exists(store.join(root, "deep/e"))
@@ -49,6 +49,28 @@ def test_files_are_written_read_listed_and_deleted(root):
     store.delete(store.join(root, "deep"))
     store.delete(store.join(root, "nothing"))
     assert {entry.path for entry in fs.list(path, recursive=True)} == {"b.txt"}
+
+
+def test_what_pyarrow_alone_knows_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Its filesystem of local files stands for hdfs:// and the like, which have folders and renames."""
+    fs, path = Arrow("file:///"), str(tmp_path / "deep/file")
+    assert fs.version(path) is None and fs.size(path) is None and list(fs.list(str(tmp_path / "none"))) == []
+    fs.write(path, b"old")
+    assert (fs.read(path), fs.read_range(path, 1, 2), fs.size(path)) == (b"old", b"l", 3)
+    with pytest.raises(TooLong, match="3 bytes, expected at most 2"):
+        fs.read(path, 2)
+    put = fs._put
+
+    def broken(where, data):
+        put(where, data[:2])
+        raise PermissionError(13, "no more")
+
+    monkeypatch.setattr(fs, "_put", broken)
+    with pytest.raises(PermissionError):
+        fs.write(path, b"newer")
+    assert fs.read(path) == b"old" and list(fs.list(str(tmp_path), recursive=True)) == [Entry("deep/file", False)]
+    fs.delete_folder(str(tmp_path / "deep"))
+    assert not fs.is_folder(str(tmp_path / "deep"))
 
 
 def test_of_many_that_create_one_file_one_does(root):
@@ -244,9 +266,15 @@ def test_an_object_that_changes_while_it_is_read_is_named(s3):
 # ---------------------------------------------------------------------------------------------------- credentials
 
 
-@pytest.mark.parametrize("uri", ["s3://key:secret@bucket/x", "s3://", "s3://bucket:80/x", "s3:///x"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:secret@bucket/x", "s3://", "s3://bucket:80/x", "s3:///x", "abfss://:secret@account/x",
+        "abfss://box@account/x?client_secret=secret", "gs://user:secret@box/x", "hdfs://host/x?a=1&delegation_token=secret",
+    ],
+)  # fmt: skip
 def test_keys_in_a_uri_are_refused_and_not_shown(uri):
-    with pytest.raises(UserError, match="expected s3://bucket/key; credentials come from") as refused:
+    with pytest.raises(UserError, match=r"expected \w+://\w+/\w+; credentials come from") as refused:
         store.exists(uri)
     assert "secret" not in str(refused.value)
 

@@ -299,6 +299,14 @@ def test_pool_inside_its_source_is_an_error(tmp_path):
         build(folder(tree(tmp_path / "in", 2)), str(tmp_path / "in/pool"), 0)
 
 
+@pytest.mark.parametrize("field", ["root", "validation_root", "test_root", "labels"])
+def test_keys_in_a_uri_are_refused_before_they_are_shown(tmp_path, capsys, field):
+    data = folder(tmp_path).model_copy(update={field: "s3://key:secret@bucket/x"})
+    with pytest.raises(UserError, match="s3://bucket/x: expected s3://bucket/key"):
+        build(data, str(tmp_path / "p"), 0)
+    assert "secret" not in capsys.readouterr().err
+
+
 def test_empty_source_is_an_error(tmp_path):
     """No images at all; and none but rejects, of which the first is named. Nothing is left behind."""
     (tmp_path / "in").mkdir()

@@ -39,6 +39,8 @@ def build(data: DataConfig, dest: str, seed: int, grow: bool = False) -> Pool:
     Half a build goes on; a pool of another source, seed or configuration, or any other folder, is refused.
     """
     dest = store.absolute(dest)
+    for place in (dest, data.root, data.validation_root, data.test_root, data.labels):
+        store.resolve(place or "")  # keys in a URI are refused before anything shows it
     if (there := _finished(data, dest, seed)) and not grow:
         return there
     _refuse_strangers(data, dest)
