@@ -12,7 +12,7 @@ import traceback
 import click
 
 from raypfk import __version__
-from raypfk.errors import UserError, WaitingForLabels
+from raypfk.errors import RunError, UserError, WaitingForLabels
 
 _verbose = click.option("--verbose", is_flag=True, help="Ray's own messages, and tracebacks.")
 _round = click.option("--round", "number", type=click.IntRange(min=0), required=True, help="Round, from 1 (0: train).")
@@ -168,8 +168,9 @@ def run_command(command: click.Command, args: list[str] | None = None) -> None:
         mistake = _find(error, UserError)
         if mistake:
             _stop(str(mistake), 2)
-        root = _root(error)
-        _stop(f"failed: {type(root).__name__}: {root}" + ("" if verbose else "\n(--verbose shows where)"), 1)
+        # Ours, or the system's, names the file; what it was raised from is a library's word for it.
+        cause = _find(error, RunError) or _find(error, OSError) or list(_chain(error))[-1]
+        _stop(f"failed: {type(cause).__name__}: {cause}" + ("" if verbose else "\n(--verbose shows where)"), 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -209,11 +210,10 @@ def _chain(error: BaseException | None):
 
 
 def _find(error: BaseException, kind: type) -> BaseException | None:
-    return next((e for e in _chain(error) if type(e) is kind), None)
+    """The first of this kind. What Ray makes of a task's error is of its kind too, but says a whole traceback."""
+    from ray.exceptions import RayError
 
-
-def _root(error: BaseException) -> BaseException:
-    return list(_chain(error))[-1]
+    return next((e for e in _chain(error) if isinstance(e, kind) and not isinstance(e, RayError)), None)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ class Lease:
     def take(self) -> None:
         """UserError that names the holder where it is another's, and is renewed."""
         seen: str | None = None
-        deadline, pause = time.monotonic() + 1.5 * self._lasts, min(1.0, self._lasts / 20)
+        deadline, pause = _clock() + 1.5 * self._lasts, min(1.0, self._lasts / 20)
         while True:
-            asked = time.monotonic()
+            asked = _clock()
             there = self._fs.version(self._path)
             free = there is None or self._is_over(there)
             if free:
@@ -51,11 +51,11 @@ class Lease:
                 if self._version:
                     self._ends = asked + self._lasts
                     return
-                if time.monotonic() > deadline:
+                if _clock() > deadline:
                     raise UserError(f"{self.uri}: cannot be written: the store refuses conditional writes")
                 time.sleep(pause)
                 continue  # another was quicker: see whether it stays
-            if (seen is not None and there.token != seen) or time.monotonic() > deadline:
+            if (seen is not None and there.token != seen) or _clock() > deadline:
                 holder = _holder(there)
                 raise UserError(f"{self.uri}: {holder} is at work here; expected one driver at a time")
             if seen is None:
@@ -66,10 +66,13 @@ class Lease:
     def renew(self) -> None:
         """Raises Lost where it is another's now."""
         with self._lock:
-            asked = time.monotonic()
+            asked = _clock()
             now = self._fs.replace(self._path, self._data(), self._version)
+            there = None if now else self._fs.version(self._path)
+            if there and _read(there).get("owner") == self._owner["owner"]:
+                # Ours, of a renewal that was heard although it was said to have failed.
+                now = self._fs.replace(self._path, self._data(), there)
             if now is None:
-                there = self._fs.version(self._path)
                 who = _holder(there) if there else "nobody"
                 self._ends = 0.0
                 raise Lost(f"{self.uri}: held by {who} now, after this driver was away for too long")
@@ -77,7 +80,7 @@ class Lease:
 
     def check(self) -> None:
         """Before anything is said to be done: raises Lost where the lease may be another's."""
-        if time.monotonic() > self._ends - self._lasts / 2:
+        if _clock() > self._ends - self._lasts / 2:
             self.renew()
 
     def keep(self) -> None:
@@ -129,11 +132,17 @@ def check(uri: str) -> None:
         _held[uri].check()
 
 
+def _clock() -> float:
+    """Seconds that pass while a machine sleeps, too, where they can be had."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
 def _process() -> dict[str, str]:
-    """What tells this process from a later one of the same number."""
+    """What tells this process from a later one of the same number, and from one of another container."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as boot, open("/proc/self/stat") as stat:
-            return {"boot": boot.read().strip(), "started": stat.read().rsplit(")", 1)[1].split()[19]}
+            started = stat.read().rsplit(")", 1)[1].split()[19]
+            return {"boot": boot.read().strip(), "namespace": os.readlink("/proc/self/ns/pid"), "started": started}
     except OSError:  # not Linux
         return {}
 
@@ -141,13 +150,16 @@ def _process() -> dict[str, str]:
 def _is_gone(holder: dict) -> bool:
     """Whether the holder is a process of this machine's that has ended."""
     mine = _process()
-    if not mine or holder.get("boot") != mine["boot"] or holder.get("host") != socket.gethostname():
+    if not mine or any(holder.get(name) != mine[name] for name in ("boot", "namespace")):
         return False
     try:
+        os.kill(int(holder["pid"]), 0)
         with open(f"/proc/{int(holder['pid'])}/stat") as stat:
             state, *rest = stat.read().rsplit(")", 1)[1].split()
-    except (OSError, KeyError, ValueError, TypeError, ArithmeticError):
+    except (ProcessLookupError, KeyError, ValueError, TypeError, ArithmeticError):
         return True
+    except OSError:  # another user's, and hidden
+        return False
     return state == "Z" or rest[18] != holder.get("started")
 
 

@@ -152,10 +152,13 @@ class Pool:
             yield from (image.as_py() for image in table["image"])
 
     def ids(self, split: str, threads: int = 8) -> pa.Array:
-        """All ids of a split, in order."""
+        """All ids of a split, in order, as large strings: of many images they are more than 2 GiB."""
+
+        def of(shard: Shard) -> pa.Array:
+            return self.read_shard(shard, ["image_id"])["image_id"].cast(pa.large_string()).combine_chunks()
+
         with ThreadPoolExecutor(threads) as pool:
-            tables = pool.map(lambda shard: self.read_shard(shard, ["image_id"]), self.shards(split))
-            return pa.concat_arrays([pa.array([], pa.string()), *(t["image_id"].combine_chunks() for t in tables)])
+            return pa.concat_arrays([pa.array([], pa.large_string()), *pool.map(of, self.shards(split))])
 
     def locate(self, ids: Iterable[str]) -> list[Shard]:
         """The shards of the split "pool" whose range holds any of `ids`, in order. UserError for an id in none."""

@@ -8,6 +8,7 @@ store. Every request that may pass is tried again (retry.py); 403 and 404 are fi
 import io
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -32,6 +33,8 @@ PAGE = 1000
 TAIL = 1 << 16
 """Bytes of an object's end that its first request brings: Parquet's footer, mostly."""
 TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
+LOOK_AGAIN = 60.0
+"""Seconds between two looks for credentials, where there were none."""
 _AGAIN = frozenset((408, 409, 425, 429, 500, 502, 503, 504))
 _AGAIN_CODES = frozenset(("RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "IncompleteBody"))
 _BROKEN = (
@@ -45,11 +48,14 @@ _BROKEN = (
 _FINAL = (boto_errors.SSLError, boto_errors.ProxyConnectionError)
 
 
+def _unsigned() -> bool:
+    return os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "yes", "true")
+
+
 @lru_cache(maxsize=1)
 def _client():
     session = boto3.Session()
-    unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "yes", "true")
-    options = {"signature_version": UNSIGNED} if unsigned or session.get_credentials() is None else {}
+    options = {"signature_version": UNSIGNED} if _unsigned() or session.get_credentials() is None else {}
     config = Config(
         max_pool_connections=CONNECTIONS,
         retries={"total_max_attempts": 1},  # retry.py's turn: it also covers what breaks while a body is read
@@ -61,6 +67,22 @@ def _client():
     )
     region = session.region_name or "us-east-1"
     return session.client("s3", region_name=region, config=config)
+
+
+def _is_signed_now() -> bool:
+    """Of a client that was refused: whether it was unsigned for lack of credentials, and there are some now. An
+    instance's metadata service that is throttled seems to have none."""
+    if _unsigned() or _client().meta.config.signature_version is not UNSIGNED:
+        return False
+    if not _credentials_in(int(time.monotonic() // LOOK_AGAIN)):
+        return False
+    _client.cache_clear()
+    return True
+
+
+@lru_cache(maxsize=1)
+def _credentials_in(_: int) -> bool:
+    return boto3.Session().get_credentials() is not None
 
 
 class S3(Filesystem):
@@ -211,6 +233,8 @@ class S3(Filesystem):
             try:
                 return request(at)
             except boto_errors.ClientError as error:
+                if _status(error) in (401, 403) and _is_signed_now():
+                    raise Transient from error
                 raise _explained(error, uri, bucket, key) from error
             except _FINAL as error:
                 raise OSError(f"{uri}: {_without_secrets(str(error))}") from None

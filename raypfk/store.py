@@ -8,13 +8,12 @@ import json
 import os
 import re
 import reprlib
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -223,19 +222,21 @@ def table_shape(uri: str) -> tuple[list[str], int]:
 
 
 def read_rows(uri: str, column: str, rows: list[int]) -> pa.ChunkedArray:
-    """Some rows of a column, in the order asked for; of their row groups all is fetched. Errors as of `fetch`."""
+    """Some rows of a column, in the order asked for. Errors as of `fetch`.
+
+    Of their row groups all is fetched, one after another; only the rows are kept.
+    """
     fs, path = resolve(uri)
+    wanted, parts, at = np.array(rows, np.int64), [], []
     with fs.open(path) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
-        ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
-        groups = sorted({bisect_right(ends, row) for row in rows})
-        table = file.read_row_groups(groups, [column])
-    # Where a group's rows are among those that were read.
-    starts = [0, *ends]
-    shift, before = {}, 0
-    for group in groups:
-        shift[group] = before - starts[group]
-        before += ends[group] - starts[group]
-    return table[column].take(pa.array([row + shift[bisect_right(ends, row)] for row in rows], pa.int64()))
+        ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        group_of = np.searchsorted(ends, wanted, side="right")
+        for group in np.unique(group_of).tolist():
+            asked = np.flatnonzero(group_of == group)
+            start = ends[group - 1] if group else 0
+            parts += file.read_row_group(group, [column])[column].take(wanted[asked] - start).chunks
+            at.append(asked)
+    return pa.chunked_array(parts).take(np.argsort(np.concatenate(at)))
 
 
 def encode_table(table: pa.Table, compression: str | dict[str, str] = "zstd", **options: Any) -> pa.Buffer:

@@ -23,6 +23,7 @@ from raypfk.loop import STAGES
 from raypfk.pool import File, Pool
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, LABELS, REJECTS, SELECTION, SPLITS
+from raypfk.stages.pool import BEGUN
 from raypfk.stages.stream import checkpoint_of
 
 READERS = 8
@@ -73,8 +74,7 @@ def _pool(uri: str) -> Problems:
         says = f"the manifest says {pool.fingerprint[:12]}"
         yield f"{uri}: the images and labels have the fingerprint {came[:12]}, {says}"
     yield from _rejects_of_pool(pool, ids)
-    if store.exists(store.join(uri, pools.BUILDING)):
-        yield f"{uri}: {pools.BUILDING} is there beside {pools.MANIFEST}: a build that was not finished, or is going on"
+    yield from _unfinished(pool)
 
 
 def _split(pool: Pool, split: str) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _split(pool: Pool, split: str) -> Iterator[str]:
     for path in store.paths(folder):
         if path not in listed and not path.rpartition("/")[2].startswith("."):
             yield f"{path}: not in the manifest"
-    ids, labels, contents = [pa.array([], pa.string())], [pa.array([], pa.int64())], []
+    ids, labels, contents = [pa.array([], pa.large_string())], [pa.array([], pa.int64())], []
     with (
         ThreadPoolExecutor(READERS) as threads,
         progress.current().bar(f"verify {split}", len(files), "files") as bar,
@@ -104,7 +104,7 @@ def _split(pool: Pool, split: str) -> Iterator[str]:
 
 
 def _count(file: File, schema: pa.Schema) -> _Counted:
-    nothing = pa.array([], pa.string()), pa.array([], pa.int64()), "0"
+    nothing = pa.array([], pa.large_string()), pa.array([], pa.int64()), "0"
     try:
         data = store.read_bytes(file.uri)
     except UserError as error:
@@ -117,7 +117,7 @@ def _count(file: File, schema: pa.Schema) -> _Counted:
         table = table.select(schema.names).combine_chunks()
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         return _Counted(*nothing, [*problems, f"{file.uri}: expected a whole file of images: {error}"])
-    ids, held = table["image_id"].combine_chunks(), schema.names[1]
+    ids, held = _ids(table["image_id"]), schema.names[1]
     content = pools.content((row["image_id"], row[held], row["label"]) for row in table.to_pylist())
     if table.num_rows != file.rows:
         problems.append(f"{file.uri}: {table.num_rows} images, the manifest says {file.rows}")
@@ -164,6 +164,17 @@ def _histogram(pool: Pool, split: str, labels: pa.Array) -> Problems:
             yield f"{pool.uri}: {split} has {count} images of class {name!r}, the manifest says {expected[name]}"
 
 
+def _unfinished(pool: Pool) -> Problems:
+    """What a build has written beside the manifest's files. (One that was ended in its last step, when the manifest was
+    there, leaves its notes; they harm nobody.)"""
+    known = {f"{split}-{file.name.removesuffix('.parquet')}.json" for split in SPLITS for file in pool.files(split)}
+    for name in store.names(store.join(pool.uri, pools.BUILDING), ".json"):
+        if name in known or name == BEGUN:
+            continue
+        if store.read_record(store.join(pool.uri, pools.BUILDING, name), {"written": dict})["written"].get("file"):
+            yield f"{pool.uri}: {pools.BUILDING}/{name}: of a build that was not finished, or is going on"
+
+
 def _rejects_of_pool(pool: Pool, ids: pa.Array) -> Problems:
     path = store.join(pool.uri, pools.REJECTED)
     try:
@@ -188,8 +199,9 @@ def _run(uri: str) -> Problems:
     yield from _pool(run.pool.uri)
     try:
         pool_ids = run.pool.ids("pool", READERS)
-    except UserError:
-        return  # said above
+    except UserError as error:
+        yield str(error)  # of a pool that grew since, what it was then is not what was counted above
+        return
     last = 0
     for number in range(run.config.rounds + 1):
         stages = ["train"] if number == 0 else list(STAGES)
@@ -240,12 +252,12 @@ def _extracted(run: Run, number: int, pool_ids: pa.Array) -> Problems:
 def _all_once(
     where: str, run: Run, split: str, described: pa.ChunkedArray, rejects: str, labelled: pa.ChunkedArray | None = None
 ) -> Problems:
-    known, parts = run.pool.ids(split, READERS), [described.combine_chunks()]
+    known, parts = run.pool.ids(split, READERS), [_ids(described)]
     for path in store.paths(rejects, ".parquet"):
-        parts.append(store.read_table(path, schema=REJECTS)["image_id"].combine_chunks())
+        parts.append(_ids(store.read_table(path, schema=REJECTS)["image_id"]))
     if labelled is not None:
-        parts.append(labelled.combine_chunks())
-    ids = pa.concat_arrays([part.cast(pa.string()) for part in parts])
+        parts.append(_ids(labelled))
+    ids = pa.concat_arrays(parts)
     yield from (f"{where}: image {i!r} is accounted for {n} times" for i, n in _repeated(ids))
     yield from _inside(where, ids, known, "is not in the pool")
     yield from _inside(where, known, ids, "of the pool is neither described nor rejected")
@@ -347,10 +359,16 @@ def _repeated(ids: pa.Array) -> list[tuple[str, int]]:
     return [(one["values"], one["counts"]) for one in counts[:SHOWN].to_pylist()]
 
 
-def _inside(where: str, ids, known: pa.Array, otherwise: str, want: bool = True) -> Problems:
+def _ids(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """In one piece: of many images they are more than the 2 GiB of a `string`."""
+    column = column.cast(pa.large_string())
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _inside(where: str, ids, known, otherwise: str, want: bool = True) -> Problems:
     """Says which ids are not among `known` (want False: are)."""
-    ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-    found = pc.is_in(ids, known)
+    ids = _ids(ids)
+    found = pc.is_in(ids, _ids(known))
     strays = ids.filter(pc.invert(found) if want else found)
     for image_id in strays[:SHOWN].to_pylist():
         yield f"{where}: image {image_id!r} {otherwise}"

@@ -1,5 +1,6 @@
 """The command line's errors, one by one: an exit code, one message that says what is wrong, no traceback."""
 
+import itertools
 import json
 import os
 import pickle
@@ -9,8 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.exceptions import RayTaskError
 
 from raypfk import __version__, cli, store
+from raypfk.errors import RunError, UserError
+from raypfk.lease import Lost
+from raypfk.rejects import TooMany
+from raypfk.retry import GaveUp
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +160,37 @@ def test_a_failure_exits_with_1_and_names_its_cause(call, monkeypatch, tmp_path)
     monkeypatch.setattr(status, "read", broken)
     code, _, err = call("status", tmp_path)
     assert code == 1 and "RuntimeError: the disk is on fire" in err
+
+
+CHAINS = {
+    "a store's words, a library's below": (
+        [RunError("stopped"), PermissionError(13, "denied", "s3://b/k"), KeyError("y")], "failed: RunError: stopped", 1
+    ),
+    "ours below a library's": ([ValueError("x"), Lost("held by another")], "failed: Lost: held by another", 1),
+    "the system's below a library's": (
+        [ValueError("x"), GaveUp("s3://b/k: failed 12 times"), KeyError("y")], "failed: GaveUp: s3://b/k: failed 12", 1
+    ),
+    "none of them": ([ValueError("x"), KeyError("y")], "failed: KeyError: 'y'", 1),
+    "a user's mistake within": ([RunError("stopped"), TooMany("12 of 40 images")], "raypfk: 12 of 40 images", 2),
+    "as Ray hands it on": (
+        [RayTaskError("write", "a long story", UserError("no such file")).as_instanceof_cause()], "no such file\n", 2
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_of_what_errors_were_raised_from_the_one_that_says_most_is_shown(call, monkeypatch, name):
+    """Each of a chain is raised from the next."""
+    chain, message, code = CHAINS[name]
+    for error, cause in itertools.pairwise(chain):
+        error.__cause__ = cause
+
+    def fail(_):
+        raise chain[0]
+
+    monkeypatch.setattr("raypfk.verify.verify", fail)
+    came, _, said = call("verify", "x")
+    assert came == code and message in said and "long story" not in said
 
 
 def test_a_dashboards_address_is_refused(yaml_file, tmp_path):

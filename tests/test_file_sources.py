@@ -4,6 +4,7 @@ import io
 import tarfile
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raypfk import sources, store
@@ -153,6 +154,21 @@ def test_rows_of_parquet_files_are_images(root):
     assert listing.classes == ["0", "1", "2"] and listing.train.labels.tolist() == [i % 3 for i in range(20)]
     assert read(source, listing.train) == images
     assert read(source, listing.train.take([2, 11, 19])) == [images[2], images[11], images[19]]
+
+
+def test_a_row_group_is_read_once_whatever_the_order_of_the_rows(tmp_path, monkeypatch):
+    """Ids as of hashes: rows of two files and many groups in turns, some of them twice."""
+    for name in "ab":
+        table = pa.table({"image": [png(100 * (name == "b") + i) for i in range(30)]})
+        store.write_table(str(tmp_path / f"{name}.parquet"), table, row_group_size=7)
+    rows = [("a", 29), ("b", 0), ("a", 3), ("b", 15), ("a", 3), ("b", 29), ("a", 0), ("b", 14)]
+    groups, read_group = [], pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda file, i, columns: groups.append(i) or read_group(file, i, columns)
+    )
+    source, _ = listed("parquet", str(tmp_path))
+    found = list(source.read([f"{tmp_path}/{name}.parquet#{row}" for name, row in rows]))
+    assert found == [png(100 * (name == "b") + row) for name, row in rows] and groups == [0, 4, 0, 2, 4]
 
 
 def test_columns_have_the_names_that_are_given(root):

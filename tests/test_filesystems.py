@@ -298,6 +298,29 @@ def test_public_buckets_are_read_unsigned(s3, monkeypatch, tmp_path, how):
     assert s3.signed == [False]
 
 
+def test_credentials_that_come_late_are_looked_for_again(s3, monkeypatch, tmp_path):
+    """Of an instance whose metadata service was throttled: what was refused unsigned is asked for again, signed."""
+    from raypfk import s3 as client
+
+    store.write_bytes(f"s3://{s3.bucket}/key", b"private")
+    keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    for name in keys:
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client._client.cache_clear()
+    client._credentials_in.cache_clear()
+    s3.signed.clear()
+    s3.once("denied", "denied")
+    with pytest.raises(PermissionError):
+        store.fetch(f"s3://{s3.bucket}/key")
+    client._credentials_in.cache_clear()  # a minute later
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    assert store.fetch(f"s3://{s3.bucket}/key") == b"private" and s3.signed == [False, False, True]
+
+
 @pytest.mark.skipif(STORE == "moto", reason="moto checks no signatures")
 @pytest.mark.parametrize(
     ("name", "value", "code"),

@@ -1,5 +1,6 @@
 """One driver at a time, on this machine's files and in S3: who comes second is refused, who died is succeeded."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -86,6 +87,40 @@ def test_a_killed_driver_is_succeeded_at_once(place):
         with lease.held(place):  # within, it is this process's already
             lease.check(place)
     assert not store.exists(store.join(place, lease.NAME))
+
+
+def test_a_renewal_that_was_heard_and_said_to_have_failed_is_ones_own(place):
+    one = Lease(place, LASTS)
+    one.take()
+    store.write_bytes(store.join(place, lease.NAME), one._data())
+    one.renew()
+    one.renew()
+    one.give_back()
+    assert not store.exists(store.join(place, lease.NAME))
+
+
+@pytest.mark.parametrize(
+    ("changed", "gone"),
+    [
+        ({}, False),
+        ({"pid": 4194305}, True),
+        ({"started": "1"}, True),
+        ({"boot": "x"}, False),
+        ({"namespace": "x"}, False),
+    ],
+)
+def test_a_process_is_gone_only_where_that_can_be_seen(changed, gone):
+    """Of another boot, another container or another user it cannot."""
+    holder = {"pid": os.getpid(), **lease._process(), **changed}
+    assert lease._is_gone(holder) == gone
+
+
+def test_a_hidden_process_may_be_alive(monkeypatch):
+    def kill(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert not lease._is_gone({"pid": 1, **lease._process()})
 
 
 def test_a_lease_that_is_not_one_is_not_obeyed_for_ever(place):

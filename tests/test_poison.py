@@ -110,23 +110,33 @@ def test_a_run_goes_on_past_poison(poisoned, tmp_path):
 
 
 def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
-    """A third of a pool by reference went bad: extraction stops, and goes on where `max_rejects` allows it."""
+    """A third of a pool by reference went bad: extraction stops, each time, and goes on where `max_rejects` allows it,
+    or where what was bad is mended."""
     _digits(tmp_path / "in")
     data = DataConfig(
         source="folder", root=str(tmp_path / "in"), validation=60, test=30, shard_rows=32, by_reference=True
     )
     pool = build(data, str(tmp_path / "pool"), 0)
     uris = [row["uri"] for shard in pool.shards("pool") for row in pool.read_shard(shard).to_pylist()]
+    whole = [Path(uri).read_bytes() for uri in uris[::3]]
     for uri in uris[::3]:
         Path(uri).write_bytes(b"")
     tree = {"data": {"pool": pool.uri}, "image": {"size": 16, "resize": 16, "channels": 1}}
     run = tiny.begin(tiny.config(**tree), tmp_path / "run")
-    with pytest.raises(UserError, match=r"of 210 images are rejected, more than data.max_rejects .*empty file"):
-        loop.do_stage(run, 1, "extract")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"of 210 images are rejected, more than data.max_rejects .*empty file"):
+            loop.do_stage(run, 1, "extract")
     allowed = tiny.config(**tree | {"data": {"pool": pool.uri, "max_rejects": 0.5}})
     run = Run.create_or_open(allowed, run.uri, pool)
     loop.do_stage(run, 1, "extract")
     assert run.done(1, "extract")["rejected"] == len(uris[::3]) == 70
+    run = tiny.begin(tiny.config(**tree), tmp_path / "mended")
+    with pytest.raises(UserError, match="of 210 images are rejected"):
+        loop.do_stage(run, 1, "extract")
+    for uri, data in zip(uris[::3], whole, strict=True):
+        Path(uri).write_bytes(data)
+    loop.do_stage(run, 1, "extract")
+    assert run.done(1, "extract")["rejected"] == 0
 
 
 def test_training_goes_on_without_labelled_images_that_are_gone(ray_session, tmp_path, capsys):

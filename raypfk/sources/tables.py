@@ -3,10 +3,10 @@
 import os
 import unicodedata
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -66,19 +66,30 @@ class Tables(_Listed):
     columns: ColumnsConfig
 
     def read(self, keys: Sequence[str]) -> Iterator[bytes | str]:
-        """Encoded images, in order; a str says why one is none. Of a row group that holds any, all are fetched."""
-        for path, of_path in groupby(keys, key=lambda key: key.rpartition("#")[0]):
-            rows = [int(key.rpartition("#")[2]) for key in of_path]
-            try:
-                yield from _image_bytes(store.read_rows(path, self.columns.image, rows))
-            except FileNotFoundError:
-                yield from ["cannot be read: it is gone since it was listed"] * len(rows)
-            except GaveUp:
+        """Encoded images, in order; a str says why one is none.
+
+        Of a row group that holds any, all are fetched, once a call: ids that follow the rows' order cost least.
+        """
+        rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for i, key in enumerate(keys):
+            path, _, row = key.rpartition("#")
+            rows[path].append((i, int(row)))
+        found: dict[int, bytes | str] = {}
+        for path, places in rows.items():
+            found |= zip([i for i, _ in places], self._of_rows(path, [row for _, row in places]), strict=True)
+        yield from (found.pop(i) for i in range(len(keys)))
+
+    def _of_rows(self, path: str, rows: list[int]) -> list[bytes | str]:
+        try:
+            return _image_bytes(store.read_rows(path, self.columns.image, rows))
+        except FileNotFoundError:
+            return ["cannot be read: it is gone since it was listed"] * len(rows)
+        except GaveUp:
+            raise
+        except store.UNREADABLE as error:
+            if getattr(error, "errno", None):  # the disk's trouble, not the file's
                 raise
-            except store.UNREADABLE as error:
-                if getattr(error, "errno", None):  # the disk's trouble, not the file's
-                    raise
-                raise store.not_parquet(path, error) from None
+            raise store.not_parquet(path, error) from None
 
     def _rows(self, root: str, field: str, prefix: str) -> Rows:
         paths = [root] if root.lower().endswith((".parquet", ".pq")) else _parquets(root, field)

@@ -16,9 +16,10 @@ from raypfk import descriptor_files, lease, pfk, progress, store
 from raypfk.descriptor_files import Directions, Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TapReader
+from raypfk.rejects import TooMany
 from raypfk.run import ImageSpec, Run
 from raypfk.schema import descriptors as descriptor_schema
-from raypfk.stages.stream import Decoder, Maybe, NetworkSpec, batches, network_of, through_actors, value
+from raypfk.stages.stream import Decoder, Maybe, NetworkSpec, batches, network_of, rejects_of, through_actors, value
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _describe_split(
     run, split: str, decoder: Decoder, network, recipe: Recipe, out: str, origin: Origin, facts: dict
 ) -> None:
     """Describe the shards of a split that `out` has not got yet."""
+    _try_again(run, split, decoder.rejects, out)
     there = set(store.names(out, ".parquet"))
     todo = [shard for shard in run.pool.shards(split) if shard.name not in there]
     actor = {"network": network, "recipe": recipe, "out": out, "run_id": run.id, "origin": origin}
@@ -172,6 +174,19 @@ def _describe_split(
             advance(int(done["rows"].sum()))
             began.extend(done["began"])
     facts["startup_seconds"] += round(float(min(began)) - start, 3) if began else 0.0
+
+
+def _try_again(run: Run, split: str, rejects: str, out: str) -> None:
+    """Where an earlier try was stopped by its rejects, their shards are described again: the reason may be mended, and
+    if it is not, the limit holds as it did."""
+    try:
+        rejects_of(run, split, rejects).look()
+    except TooMany:
+        progress.current().say(f"{split}: too many images were rejected before, trying theirs again")
+        lease.check(run.uri)
+        for name in store.names(rejects, ".parquet"):
+            store.delete(store.join(out, name))
+            store.delete(store.join(rejects, name))
 
 
 def _complete_empty(run: Run, round: int, labelled: list[str], origin: Origin) -> int:

@@ -100,9 +100,11 @@ def _finish(
     lease.check(dest)
     store.write_table(store.join(dest, REJECTED), rejects)
     manifest = _manifest(data, dest, seed, before, listing, imbalance, written) | {"rejects": rejects.num_rows}
+    lease.check(dest)  # it took a while: by now another may have finished
     _delete_strays(dest, manifest)
     if before:
         store.write_json(pools.earlier(dest, before.fingerprint), before.manifest)
+    lease.check(dest)
     store.write_json(store.join(dest, MANIFEST), manifest)
     store.delete(store.join(dest, BUILDING))
     grown = "grew by" if before else "has"
@@ -143,8 +145,8 @@ def _cannot_grow(data: DataConfig) -> str | None:
 
 def _new(listing: Listing, before: Pool) -> dict[str, Entries]:
     """What is listed and not there: new training images go to the pool; what was held out is held out for good."""
-    rejected = _rejects(before)["image_id"].combine_chunks()
-    known = pa.concat_arrays([rejected, *(before.ids(split) for split in SPLITS)]).cast(pa.large_string())
+    rejected = _rejects(before)["image_id"].cast(pa.large_string()).combine_chunks()
+    known = pa.concat_arrays([rejected, *(before.ids(split) for split in SPLITS)])
     splits = {"pool": listing.train, "validation": listing.validation, "test": listing.test}
     nothing = listing.train.take(np.empty(0, np.int64))
     new = {}

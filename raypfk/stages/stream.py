@@ -155,12 +155,21 @@ def batches(
 
 
 def decoded(shards: Sequence[Shard], decoder: Decoder) -> ray.data.Dataset:
-    """The shards' images as a Ray dataset, one block a shard."""
+    """The shards' images as a Ray dataset, one block a shard. What was rejected of them before counts no more."""
+    if decoder.rejects:
+        before = set(store.names(decoder.rejects, ".parquet"))
+        for shard in shards:
+            if shard.name in before:
+                store.delete(store.join(decoder.rejects, shard.name))
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard: never split it
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True  # a wrapped one loses, on its way here, what it was raised from
     return ray.data.from_items(list(shards), override_num_blocks=max(1, len(shards))).map_batches(decoder, batch_size=1)
+
+
+def rejects_of(run: Run, split: str, folder: str) -> Rejects:
+    return Rejects(f"{run.uri}: {split}", run.pool.rows(split), run.config.data.max_rejects, folder)
 
 
 def through_actors(
@@ -186,7 +195,7 @@ def through_actors(
         fn_constructor_kwargs=kwargs,
         num_gpus=gpus or None,
     )
-    rejects = Rejects(f"{run.uri}: {split}", run.pool.rows(split), run.config.data.max_rejects, decoder.rejects)
+    rejects = rejects_of(run, split, decoder.rejects)
     for batch in dataset.iter_batches(batch_size=None):
         yield batch
         rejects.look(every=_LOOK_S)

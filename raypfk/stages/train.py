@@ -30,7 +30,7 @@ from raypfk.errors import RunError
 from raypfk.pool import Shard
 from raypfk.rejects import Rejects
 from raypfk.run import ImageSpec, Run
-from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise
+from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise, rejects_of
 
 ROTATIONS = 4
 HOLD_BYTES = 2 * 1024**3
@@ -51,7 +51,8 @@ class Job:
     """What a training worker is told. seed: of the round. start: checkpoint bytes to begin from (by reference).
 
     classes: outputs of the network; `rotate` learns the rotation instead of a label.
-    hold: the data set fits in memory. output, partial: where the weights, and those of an unfinished epoch, go.
+    hold: the data set fits in memory. partial: where all goes that is needed to go on. output: where the weights go at
+    the end, if anywhere else.
     """
 
     config: TrainConfig
@@ -62,7 +63,7 @@ class Job:
     seed: int
     start: ray.ObjectRef
     hold: bool
-    output: str
+    output: str | None
     partial: str
     meta: dict
 
@@ -77,15 +78,16 @@ def pretrain(run: Run, round: int = 0) -> dict:
     models.replace_last_layer(net, ROTATIONS, run.seed("rotation layer"))
     rows = run.pool.rows("pool")
     job = _job(run, 0, config.pretrain, rows, models.save(net, _meta(run, 0)))
-    job = replace(job, classes=ROTATIONS, rotate=True)
+    job = replace(job, classes=ROTATIONS, rotate=True, output=None)  # the round's checkpoint has other outputs
     decoder = Decoder(run.pool, image, rejects=run.round(0).rejects("pool"))
     images = decoded(_order(run, job, run.pool.shards("pool")), decoder)
     facts = _fit(run, job, images)
-    state, _ = models.load(store.read_bytes(job.output), job.output)
-    models.restore(net, state, job.output)
+    rejects = rejects_of(run, "pool", decoder.rejects)
+    rejects.look()
+    models.restore(net, _kept(job)["net"], job.partial)
     models.replace_last_layer(net, run.classes, run.seed("last layer"))
-    store.write_bytes(job.output, models.save(net, _meta(run, 0)))
-    return facts | _passes(config.pretrain.epochs * rows * ROTATIONS)
+    store.write_bytes(run.round(0).checkpoint, models.save(net, _meta(run, 0)))
+    return facts | _passes(config.pretrain.epochs * (rows - rejects.count) * ROTATIONS)
 
 
 def train(run: Run, round: int) -> dict:
@@ -357,7 +359,7 @@ def _start(job: Job) -> tuple[torch.nn.Module, dict]:
     if kept["epochs"]:
         models.restore(net, kept["net"], job.partial)
     else:
-        models.restore(net, models.load(ray.get(job.start), job.output)[0], job.output)
+        models.restore(net, models.load(ray.get(job.start), job.partial)[0], job.partial)
     return net, kept
 
 
@@ -387,7 +389,7 @@ class _Keeper:
             return
         job = self._job
         last = epochs == job.config.epochs
-        if last:
+        if last and job.output:
             store.write_bytes(job.output, models.save(net, job.meta))
         state = {"meta": job.meta, "epochs": epochs, "loss": loss, "net": net.state_dict()}
         self._not_kept = copy.deepcopy(state | {"optimizer": optimizer.state_dict()})  # the next epoch changes them

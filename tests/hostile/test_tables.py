@@ -150,7 +150,7 @@ BAD_LISTS: dict[str, tuple[str | bytes, str]] = {
     "unknown scheme": ("uri\ngopher://x/a.png\n", "gopher://x: not a place that can be read or written"),
     "web page": ("uri\nhttps://x.org/a.png\n", "https://x.org: not a place that can be read or written"),
     "s3 with keys": ("uri\ns3://AKIA:SECRET@bucket/a.png\n", "s3://bucket/a.png: .*credentials come from"),
-    "web page with a password": ("uri\nhttps://me:SECRET@x.org/a.png\n", "https://x.org: not a place"),
+    "web page with a password": ("uri\nhttps://me:SECRET@x.org/a.png\n", "x.org/a.png: expected https://host/path"),
     "s3 without a bucket": ("uri\ns3:///a.png\n", "expected s3://bucket/key"),
     "label below 0": ("uri,label\na.png,-1\nb.png,2\n", f"the label '-1', {INDICES}"),
     "label beyond all classes": ("uri,label\na.png,999999999999\n", f"the label '999999999999', {INDICES}"),
