@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -77,8 +78,12 @@ class _Here:
         self._began = time.monotonic()
         try:
             return _decode(data, how)
+        except MemoryError:  # this process holds much else
+            pass
         finally:
             self._began = None
+        with _Child() as child:
+            return child.decode(data, how)
 
     def _watch(self) -> None:
         while not self._over.wait(SECONDS / 10):
@@ -100,12 +105,8 @@ class _Child:
         self._end()
 
     def decode(self, data: bytes, how: Decode) -> torch.Tensor:
-        if self._process is None:
-            command = [sys.executable, "-m", "raypfk.isolated"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            self._answer(START_SECONDS)
         try:
-            self._send((data, how))
+            self._ask(data, how)
             answer = self._answer(SECONDS)
         except TimeoutError:
             self._end()
@@ -117,8 +118,18 @@ class _Child:
             raise BadImage(answer)
         return torch.from_numpy(answer)
 
-    def _send(self, message: Any) -> None:
-        _write(self._process.stdin, message)
+    def _ask(self, data: bytes, how: Decode) -> None:
+        """Of a child that died after its last answer this image is innocent: another one is asked."""
+        try:
+            if self._process is not None:
+                _write(self._process.stdin, (data, how))
+                return
+        except BrokenPipeError:
+            self._end()
+        command = [sys.executable, "-m", "raypfk.isolated"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._answer(START_SECONDS)
+        _write(self._process.stdin, (data, how))
 
     def _answer(self, seconds: float) -> Any:
         """What the child says within so many seconds; TimeoutError, or EOFError if it is dead."""
@@ -140,8 +151,9 @@ class _Child:
         died = process.poll() is not None
         process.kill()
         code = process.wait()
-        process.stdin.close()
-        process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(BrokenPipeError):  # closing it sends what it still held
+                pipe.close()
         return f"signal {-code}" if died and code < 0 else f"exit code {code}"
 
 

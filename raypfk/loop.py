@@ -77,8 +77,9 @@ def _do(run: Run, number: int, stage: str) -> bool:
 
 
 def images_left(run: Run, number: int) -> bool:
-    """Whether round `number` has anything to select: it did, or not all of the pool is labelled before it."""
-    return bool(run.done(number, "acquire")) or run.labelled(number).num_rows < run.pool.rows("pool")
+    """Whether round `number` has anything to select: it did, or not all of the pool was labelled or rejected before."""
+    rejected = (run.done(number - 1, "extract") or {}).get("rejected", 0) if number > 1 else 0
+    return bool(run.done(number, "acquire")) or run.labelled(number).num_rows + rejected < run.pool.rows("pool")
 
 
 def _require_earlier(run: Run, number: int, stage: str) -> None:

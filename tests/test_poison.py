@@ -77,6 +77,27 @@ def test_what_kills_the_child_is_known_and_the_next_image_has_another(poisoned, 
     ]  # fmt: skip
 
 
+def test_a_child_that_dies_between_two_images_blames_neither():
+    good, how = png(np.zeros((4, 4), np.uint8)), {"max_pixels": 99}
+    with isolated._Child() as child:
+        first = child.decode(good, how)
+        child._process.kill()
+        child._process.wait()
+        assert torch.equal(child.decode(good, how), first)
+
+
+def test_an_image_that_finds_no_memory_here_is_given_to_a_child(monkeypatch):
+    good, how = png(np.zeros((4, 4), np.uint8)), {"max_pixels": 99}
+    (expected,) = isolated.decoded([good], how, None)
+
+    def full(data, how):
+        raise MemoryError
+
+    monkeypatch.setattr(isolated, "_decode", full)
+    (found,) = isolated.decoded([good], how, None)
+    assert torch.equal(found, expected)
+
+
 # --------------------------------------------------------------------------------------------------- a whole run
 
 

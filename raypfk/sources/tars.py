@@ -136,20 +136,25 @@ def _note(
 ) -> None:
     name = member.name.removeprefix("./")
     reason, printable = _unfit(member, name), _printable(name)
-    if member.isdir() or any(part.startswith(".") and part != ".." for part in name.split("/")):
+    if member.isdir() or any(part.startswith(".") and part not in (".", "..") for part in name.split("/")):
         return
     if reason is None and name.lower().endswith(".cls"):
         if _stem(name) in labels:
-            rejects.append((f"{prefix}/{name}", "there twice in its tar: the first one counts"))
+            rejects.append(_again(prefix, name))
         else:
             labels[_stem(name)] = _label(data, member.size, path, name)
     elif reason is None and name.lower().endswith(images.SUFFIXES):
         if name in keys:
-            rejects.append((f"{prefix}/{name}", "there twice in its tar: the first one counts"))
+            rejects.append(_again(prefix, name))
         else:
             keys[name] = span_key(path, member.offset_data, member.offset_data + member.size)
     elif reason is not None or not name.lower().endswith((".json", ".txt")):
         rejects.append((f"{prefix}/{printable}", reason or "not read: the suffix is no image's"))
+
+
+def _again(prefix: str, name: str) -> tuple[str, str]:
+    """A reject under another id than that of the image which is kept."""
+    return f"{prefix}/{name} (again)", "there twice in its tar: the first one counts"
 
 
 def _printable(name: str) -> str:

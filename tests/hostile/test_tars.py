@@ -120,9 +120,9 @@ REJECTED: dict[str, tuple[bytes | tarfile.TarInfo, str, str]] = {
     "name with a NUL": (pax(b"path", b"a\0b.png"), r"x/a\x00b.png", "its name is not text in UTF-8"),
     "no name": (member(b""), "x/", "the suffix is no image's"),
     "program": (member(b"run.exe"), "x/run.exe", "the suffix is no image's"),
-    "the same name": (member(b"good.png"), "x/good.png", "there twice in its tar: the first one counts"),
+    "the same name": (member(b"good.png"), "x/good.png (again)", "there twice in its tar: the first one counts"),
     "two labels": (
-        member(b"good.cls", b"cat") + member(b"good.cls", b"dog"), "x/good.cls", "there twice in its tar: the first",
+        member(b"good.cls", b"cat") + member(b"good.cls", b"dog"), "x/good.cls (again)", "there twice in its tar",
     ),
 }  # fmt: skip
 
