@@ -75,6 +75,19 @@ def relabel(table: pa.Table) -> pa.Table:
     return table.set_column(at, table.schema.field("label"), pc.if_else(pc.equal(table["label"], 0), 1, 0))
 
 
+def note(pool: Path, name: str, file: dict | None) -> None:
+    """What a build says of a file that it wrote, or of one whose images were all rejected."""
+    store.write_json(str(pool / f"building/{name}.json"), {"plan": "", "written": {"file": file}})
+
+
+def test_what_a_finished_build_left_harms_nobody(run):
+    """It was ended between its last two steps."""
+    store.write_json(str(run / "pool/building/begun.json"), {})
+    note(run / "pool", "pool-00001", {"name": "00001.parquet"})
+    note(run / "pool", "pool-00098", None)
+    assert verify(str(run / "pool")) == []
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -88,7 +101,10 @@ def relabel(table: pa.Table) -> pa.Table:
         (lambda pool: shutil.copy(pool / "pool/00000.parquet", pool / "pool/x.parquet"), r"x\.parquet: not in the man"),
         (lambda pool: (pool / "rejects.parquet").unlink(), r"rejects\.parquet: no such file"),
         (lambda pool: (pool / "manifest.json").write_text("{}"), r"manifest\.json: not the manifest of a pool"),
-        (lambda pool: store.write_json(str(pool / "building/begun.json"), {}), r"building is there beside manif"),
+        (
+            lambda pool: note(pool, "pool-00099", {"name": "00099.parquet"}),
+            r"building/pool-00099\.json: of a build that",
+        ),
         (lambda pool: reject_one(pool), r"rejects\.parquet: image 'train/\d+' is rejected, and in the pool too"),
     ],
 )
