@@ -69,14 +69,15 @@ def _client():
     return session.client("s3", region_name=region, config=config)
 
 
-def _is_signed_now() -> bool:
+def _is_signed_now(refused: Any) -> bool:
     """Of a client that was refused: whether it was unsigned for lack of credentials, and there are some now. An
     instance's metadata service that is throttled seems to have none."""
-    if _unsigned() or _client().meta.config.signature_version is not UNSIGNED:
+    if _unsigned() or refused.meta.config.signature_version is not UNSIGNED:
         return False
-    if not _credentials_in(int(time.monotonic() // LOOK_AGAIN)):
-        return False
-    _client.cache_clear()
+    if _client() is refused:  # else another thread has been here
+        if not _credentials_in(int(time.monotonic() // LOOK_AGAIN)):
+            return False
+        _client.cache_clear()
     return True
 
 
@@ -230,10 +231,11 @@ class S3(Filesystem):
         at, uri = {"Bucket": bucket, "Key": key}, f"s3://{path}"
 
         def attempt() -> Any:
+            client = _client()
             try:
                 return request(at)
             except boto_errors.ClientError as error:
-                if _status(error) in (401, 403) and _is_signed_now():
+                if _status(error) in (401, 403) and _is_signed_now(client):
                     raise Transient from error
                 raise _explained(error, uri, bucket, key) from error
             except _FINAL as error:

@@ -63,7 +63,7 @@ def resolve(uri: str) -> tuple[Filesystem, str]:
     return _filesystem(f"{scheme}://{'' if scheme == 's3' else host}"), rest
 
 
-_SECRET = re.compile(r"[?&;][^=/]*(secret|key|token|sig|password)[^=/]*=", re.IGNORECASE)
+_SECRET = re.compile(r"\?([^?]*&)?[^=&/]*(secret|password|token|signature|[-_]key|\bsig)=", re.IGNORECASE)
 
 
 @contextmanager

@@ -321,6 +321,21 @@ def test_credentials_that_come_late_are_looked_for_again(s3, monkeypatch, tmp_pa
     assert store.fetch(f"s3://{s3.bucket}/key") == b"private" and s3.signed == [False, False, True]
 
 
+def test_requests_that_were_refused_together_are_all_signed_then(s3, monkeypatch, tmp_path):
+    from raypfk import s3 as client
+
+    store.write_bytes(f"s3://{s3.bucket}/key", b"private")
+    monkeypatch.setattr(client.boto3.Session, "get_credentials", lambda session: None)
+    client._client.cache_clear()
+    client._credentials_in.cache_clear()
+    client._client()
+    monkeypatch.undo()
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    s3.once(*["denied"] * 8, method="GET")
+    assert _at_once(8, lambda i: store.fetch(f"s3://{s3.bucket}/key")) == [b"private"] * 8
+
+
 @pytest.mark.skipif(STORE == "moto", reason="moto checks no signatures")
 @pytest.mark.parametrize(
     ("name", "value", "code"),

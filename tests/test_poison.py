@@ -160,6 +160,29 @@ def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
     assert run.done(1, "extract")["rejected"] == 0
 
 
+def test_too_many_bad_images_stop_pretraining(ray_session, tmp_path):
+    """Each time; once they are mended it begins anew."""
+    _digits(tmp_path / "in")
+    data = DataConfig(source="folder", root=str(tmp_path / "in"), validation=60, test=30, by_reference=True)
+    pool = build(data, str(tmp_path / "pool"), 0)
+    uris = [row["uri"] for shard in pool.shards("pool") for row in pool.read_shard(shard).to_pylist()]
+    whole = [Path(uri).read_bytes() for uri in uris[::3]]
+    for uri in uris[::3]:
+        Path(uri).write_bytes(b"")
+    settings = {"epochs": 1, "batch_size": 50, "lr": 0.05}
+    config = tiny.config(
+        data={"pool": pool.uri}, image={"size": 16, "resize": 16, "channels": 1}, pretrain=settings
+    )  # fmt: skip
+    run = Run.create_or_open(config, str(tmp_path / "run"), pool)
+    for _ in range(2):
+        with pytest.raises(UserError, match="70 of 210 images are rejected"):
+            loop.do_round(run, 0)
+    for uri, image in zip(uris[::3], whole, strict=True):
+        Path(uri).write_bytes(image)
+    loop.do_round(run, 0)
+    assert run.done(0, "train")["forward"] == 4 * 210
+
+
 def test_training_goes_on_without_labelled_images_that_are_gone(ray_session, tmp_path, capsys):
     """`random` buys images that nobody has looked at: 2 of the 12 are bad. Where all are, training stops."""
     _digits(tmp_path / "in")

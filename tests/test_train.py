@@ -12,6 +12,7 @@ from ray.train import WorkerGroupError
 from raypfk import augment, models, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError, UserError
+from raypfk.run import Run, open_pool
 from raypfk.stages import train
 from tests import tiny
 
@@ -171,3 +172,16 @@ def test_rotation_pretraining_keeps_all_layers_but_the_last(ray_session, tmp_pat
     a, b = _weights(plain, 0), _weights(turned, 0)
     assert not torch.equal(a["conv1.0.weight"], b["conv1.0.weight"])
     assert b["fc2.weight"].shape == (10, 50)
+
+
+def test_pretraining_that_was_broken_off_at_its_very_end_goes_on(ray_session, tmp_path):
+    """All was written but the marker: the same weights again, and no epoch more."""
+    settings = {"epochs": 1, "batch_size": 50, "lr": 0.05}
+    config = tiny.config(pretrain=settings)
+    run = Run.create_or_open(config, str(tmp_path / "run"), open_pool(config, str(tmp_path / "run")))
+    train.pretrain(run)
+    first = _weights(run, 0)
+    assert store.exists(run.round(0).training)
+    train.pretrain(run)
+    again = _weights(run, 0)
+    assert all(torch.equal(first[name], again[name]) for name in first)

@@ -28,7 +28,7 @@ from raypfk import augment, models, progress, session, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError
 from raypfk.pool import Shard
-from raypfk.rejects import Rejects
+from raypfk.rejects import Rejects, TooMany
 from raypfk.run import ImageSpec, Run
 from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise, rejects_of
 
@@ -83,7 +83,11 @@ def pretrain(run: Run, round: int = 0) -> dict:
     images = decoded(_order(run, job, run.pool.shards("pool")), decoder)
     facts = _fit(run, job, images)
     rejects = rejects_of(run, "pool", decoder.rejects)
-    rejects.look()
+    try:
+        rejects.look()
+    except TooMany:
+        store.delete(job.partial)  # or the next try would find all epochs done
+        raise
     models.restore(net, _kept(job)["net"], job.partial)
     models.replace_last_layer(net, run.classes, run.seed("last layer"))
     store.write_bytes(run.round(0).checkpoint, models.save(net, _meta(run, 0)))
