@@ -279,6 +279,18 @@ def test_keys_in_a_uri_are_refused_and_not_shown(uri):
     assert "secret" not in str(refused.value)
 
 
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+def _hide_keys(monkeypatch, tmp_path) -> None:
+    """There are none anywhere that they are looked for."""
+    for name in KEYS:
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
 @pytest.mark.parametrize("how", ["asked for", "no credentials"])
 def test_public_buckets_are_read_unsigned(s3, monkeypatch, tmp_path, how):
     from raypfk import s3 as client
@@ -287,11 +299,7 @@ def test_public_buckets_are_read_unsigned(s3, monkeypatch, tmp_path, how):
     if how == "asked for":
         monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
     else:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.delenv(name)
-        for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-            monkeypatch.setenv(name, str(tmp_path / "none"))
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        _hide_keys(monkeypatch, tmp_path)
     client._client.cache_clear()
     s3.signed.clear()
     assert store.read_bytes(f"s3://{s3.bucket}/key") == b"public"
@@ -303,12 +311,8 @@ def test_credentials_that_come_late_are_looked_for_again(s3, monkeypatch, tmp_pa
     from raypfk import s3 as client
 
     store.write_bytes(f"s3://{s3.bucket}/key", b"private")
-    keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    for name in keys:
-        monkeypatch.delenv(name)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    keys = {name: os.environ[name] for name in KEYS}
+    _hide_keys(monkeypatch, tmp_path)
     client._client.cache_clear()
     client._credentials_in.cache_clear()
     s3.signed.clear()
