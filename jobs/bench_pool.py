@@ -2,11 +2,11 @@
 
     python jobs/bench_pool.py --images 4000 --files DIR --store radosgw
 
-A plain boto3 loop is the peer, with as many requests in flight, in one process for each of Ray's CPUs: it fetches and
-decodes the same objects. The floor is the same loop without decoding. Both write nothing; raypfk's build also hashes
-every image and puts them in Parquet files back into the store. By reference: nothing but ids is built, and images are
-fetched and decoded by Ray Data as extraction does it. Figures are taken in turns; requests are counted in a pass of
-its own, behind a proxy, that is not timed.
+The peers are plain boto3 loops with as many requests in flight, in one warm process for each of Ray's CPUs, that do
+what the user gets: for a pool of copies they list, fetch, decode and put the bytes back, as many images to an object as
+a shard has; for one by reference they list, fetch, decode and resize. The floor only lists and fetches. raypfk's build
+also hashes every image, writes Parquet and says what it did; by reference, Ray Data streams the images as extraction
+does. Figures are taken in turns; requests are counted in a pass of its own, behind a proxy, that is not timed.
 """
 
 import json
@@ -41,14 +41,15 @@ class Bench:
 
     def __init__(self, count: int, rows: int, cpus: int):
         self.count, self.rows, self.cpus, self._builds = count, rows, cpus, 0
-        self.keys: list[str] = []
 
     def fill(self, files: list[bytes]) -> None:
         client = _client()
         client.create_bucket(Bucket=BUCKET)
-        self.keys = [f"in/{i // 1000:03d}/{i:07d}.jpg" for i in range(self.count)]
+
+        def put(i: int) -> None:
+            client.put_object(Bucket=BUCKET, Key=f"in/{i // 1000:03d}/{i:07d}.jpg", Body=files[i % len(files)])
+
         with ThreadPoolExecutor(16) as threads:
-            put = lambda i: client.put_object(Bucket=BUCKET, Key=self.keys[i], Body=files[i % len(files)])  # noqa: E731
             list(threads.map(put, range(self.count)))
 
     def data(self, **fields) -> DataConfig:
@@ -64,14 +65,17 @@ class Bench:
         if sum(row["rows"] for row in found) != self.count:
             raise SystemExit(f"{found} images, expected {self.count}")
 
-    def loop(self, decode: bool) -> None:
-        parts = [(self.keys[i :: self.cpus], decode) for i in range(self.cpus)]
+    def loop(self, what: str) -> float:
+        """Seconds of the boto3 loop: "fetch", "resize" or "copy"."""
         with get_context("spawn").Pool(self.cpus) as processes:
             processes.map(_warm, range(self.cpus), 1)
             began = time.perf_counter()
+            pages = _client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="in/")
+            keys = [item["Key"] for page in pages for item in page["Contents"]]
+            parts = [(keys[i :: self.cpus], what, self.rows) for i in range(self.cpus)]
             if sum(processes.map(_loop, parts, 1)) != self.count:
                 raise SystemExit("the loop lost images")
-            self.seconds = time.perf_counter() - began
+            return time.perf_counter() - began
 
 
 def _rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -95,19 +99,27 @@ def _warm(_: int) -> None:
     time.sleep(0.5)  # so that each process takes one
 
 
-def _loop(part: tuple[list[str], bool]) -> int:
-    keys, decode = part
+def _loop(part: tuple[list[str], str, int]) -> int:
+    keys, what, rows = part
     client = _client()
 
     def get(key: str) -> bytes:
         return client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
     done = 0
+    held: list[bytes] = []
     with ThreadPoolExecutor(IN_FLIGHT[True]) as threads:
         for data in threads.map(get, keys):
-            if decode:
-                images.decode(data, None, SPEC.max_pixels)
             done += 1
+            if what == "resize":
+                how = {"size": SPEC.size, "resize": SPEC.resize, "channels": SPEC.channels}
+                images.load(data, **how, max_pixels=SPEC.max_pixels)
+            elif what == "copy":
+                images.decode(data, None, SPEC.max_pixels)
+                held.append(data)
+                if len(held) == rows or done == len(keys):
+                    client.put_object(Bucket=BUCKET, Key=f"copies/{os.getpid()}-{done}", Body=b"".join(held))
+                    held = []
     return done
 
 
@@ -143,14 +155,13 @@ def measure(bench: Bench, turns: int) -> dict[str, list[float]]:
     """Seconds of each, in turns, after one that warms the workers."""
     held = bench.build(by_reference=True)
     bench.stream(held)
-    seconds: dict[str, list[float]] = {name: [] for name in ("build", "listing", "stream", "peer", "floor")}
+    seconds: dict[str, list[float]] = {name: [] for name in ("build", "copy", "stream", "resize", "listing", "fetch")}
     for _ in range(turns):
         seconds["build"].append(timed(bench.build))
         seconds["listing"].append(timed(lambda: bench.build(by_reference=True)))
         seconds["stream"].append(timed(lambda: bench.stream(held)))
-        for name, decode in (("peer", True), ("floor", False)):
-            bench.loop(decode)
-            seconds[name].append(bench.seconds)
+        for name in ("copy", "resize", "fetch"):
+            seconds[name].append(bench.loop(name))
         print({name: round(taken[-1], 2) for name, taken in seconds.items()}, flush=True)
     return seconds
 
@@ -178,17 +189,19 @@ def count_requests(behind: faulty_s3.Store, bench: Bench) -> dict[str, float]:
 def report(bench: Bench, store: str, rates: dict[str, float], requests: dict[str, float]) -> None:
     print(f"{bench.count:,} images in {store}, {bench.cpus} processes, {IN_FLIGHT[True]} requests in flight in each")
     names = {
-        "build": "pool build, copies", "listing": "pool build, by reference", "stream": "fetched by reference, decoded",
-        "peer": "boto3 loop, decoded", "floor": "boto3 loop",
+        "build": "pool build, copies", "copy": "boto3 loop, decoded and copied",
+        "stream": "fetched by reference, resized", "resize": "boto3 loop, decoded and resized",
+        "listing": "pool build, by reference", "fetch": "boto3 loop, only fetched",
     }  # fmt: skip
     for name, rate in rates.items():
         asked = f"  {requests[name]:.3f} requests an image" if name in requests else ""
-        print(f"{names[name]:30s} {rate:10,.0f} images/s{asked}")
+        print(f"{names[name]:32s} {rate:10,.0f} images/s{asked}")
+    build, copy, stream, resize, fetch = (rates[name] for name in ("build", "copy", "stream", "resize", "fetch"))
     print(json.dumps({
-        "name": "bench_pool", "figure": round(rates["build"], 1), "unit": "images/s", "peer": round(rates["peer"], 1),
-        "floor": round(rates["floor"], 1), "vs_peer": round(rates["build"] / rates["peer"], 3),
-        "of_floor": round(rates["build"] / rates["floor"], 3), "by_reference": round(rates["stream"], 1),
-        "by_reference_vs_peer": round(rates["stream"] / rates["peer"], 3),
+        "name": "bench_pool", "figure": round(build, 1), "unit": "images/s", "peer": round(copy, 1),
+        "floor": round(fetch, 1), "vs_peer": round(build / copy, 3), "of_floor": round(build / fetch, 3),
+        "by_reference": round(stream, 1), "by_reference_peer": round(resize, 1),
+        "by_reference_vs_peer": round(stream / resize, 3),
         "requests_per_image": {name: round(value, 4) for name, value in requests.items()}, "store": store,
     }))  # fmt: skip
 

@@ -39,6 +39,7 @@ mon allow pool size one = true
 mon pg warn min per osd = 0
 osd data = {folder}/osd
 osd objectstore = memstore
+memstore device bytes = 8589934592
 osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg autoscale mode = off
