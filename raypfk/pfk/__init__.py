@@ -1,30 +1,48 @@
 """The mathematics of Fisher-kernel active learning (Gudovskiy et al., CVPR 2020, section 4): no Ray, no files.
 
 descriptors (z, g) -> labels (S) -> kernel -> topk (candidates), with centers and acquire around it; `compress` makes
-descriptors smaller; `reference` says the same in float64 loops. It is torch, but for two compiled inner loops: `loops`
-for CPUs (Numba), `fused` for GPUs (Triton).
+descriptors smaller; `uncertainty` (by `dropout`) and `greedy` are the rivals'; `reference` says the same in float64
+loops. It is torch, but for two compiled inner loops: `loops` for CPUs (Numba), `fused` for GPUs (Triton).
 """
 
 from raypfk.pfk.acquire import Picks, merge_picks, rank_by_rank
 from raypfk.pfk.centers import greedy_k_center
 from raypfk.pfk.compress import dequantise, principal_directions, project, quantise
-from raypfk.pfk.descriptors import TapReader, features, fisher_scores, lengths, spatial_mean, standardise
+from raypfk.pfk.descriptors import (
+    TapReader,
+    class_scores,
+    features,
+    fisher_scores,
+    lengths,
+    logit_slope,
+    spatial_mean,
+    standardise,
+)
+from raypfk.pfk.dropout import McDropout
+from raypfk.pfk.greedy import LastLayer
 from raypfk.pfk.kernel import Descriptors, Kernel, scale_weights
-from raypfk.pfk.labels import neighbour, predicted
+from raypfk.pfk.labels import Voted, mc_information, mc_trace, neighbour, predicted, vote
 from raypfk.pfk.topk import TopK, Votes
 
 __all__ = [
     "Descriptors",
     "Kernel",
+    "LastLayer",
+    "McDropout",
     "Picks",
     "TapReader",
     "TopK",
+    "Voted",
     "Votes",
+    "class_scores",
     "dequantise",
     "features",
     "fisher_scores",
     "greedy_k_center",
     "lengths",
+    "logit_slope",
+    "mc_information",
+    "mc_trace",
     "merge_picks",
     "neighbour",
     "predicted",
@@ -35,4 +53,5 @@ __all__ = [
     "scale_weights",
     "spatial_mean",
     "standardise",
+    "vote",
 ]

@@ -109,6 +109,24 @@ def fisher_scores(logits: Tensor, taps: Sequence[Tensor], labels: Tensor, retain
     Raises ValueError for labels of another shape or a class outside 0..D-1.
     """
     slope_ND = logit_slope(logits.detach(), labels).to(logits.dtype)
+    return _scores_of_slope(logits, taps, slope_ND, retain_graph)
+
+
+def class_scores(logits: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    """Fisher scores of every class, (N, D, L): [:, d] is `fisher_scores` of label d, all D from one batched backward.
+
+    `logits` (N, D) and `taps` are as `fisher_scores` takes them; the graph is freed. It takes the memory of D backwards
+    at once. The backward of each layer after the first tap must work under `torch.func.vmap`: those of torch do; one of
+    your own must not branch on the gradient's values, nor write a gradient into a tensor in place.
+    """
+    p_ND, others_ND = _probabilities(logits.detach())
+    own_D1D = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)[:, None]
+    slope_DND = torch.where(own_D1D, -others_ND, p_ND).to(logits.dtype)  # what logit_slope gives for labels 0..D-1
+    # Not autograd's is_grads_batched: that runs convolutions and normalisation one class after the other.
+    return torch.func.vmap(lambda slope_ND: _scores_of_slope(logits, taps, slope_ND), out_dims=1)(slope_DND)
+
+
+def _scores_of_slope(logits: Tensor, taps: Sequence[Tensor], slope_ND: Tensor, retain_graph: bool = False) -> Tensor:
     grads = [None] * len(taps)
     if logits.requires_grad:
         grads = torch.autograd.grad(logits, taps, slope_ND, retain_graph=retain_graph, allow_unused=True)
@@ -130,10 +148,16 @@ def logit_slope(logits: Tensor, labels: Tensor) -> Tensor:
         y_ND = labels.detach().double()
     else:
         raise ValueError(f"expected labels ({n},) int64 or ({n}, {d}) float, got {tuple(labels.shape)} {labels.dtype}")
+    p_ND, others_ND = _probabilities(logits)
+    return p_ND * (y_ND.sum(1, keepdim=True) - y_ND) - y_ND * others_ND
+
+
+def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p and 1 - p, (N, D) float64, each to its own last digits."""
     p_ND = logits.double().softmax(1)
     top_N1 = p_ND.argmax(1, keepdim=True)
     others_ND = (1 - p_ND).scatter(1, top_N1, p_ND.scatter(1, top_N1, 0.0).sum(1, keepdim=True))  # 1 - p, no cancelling
-    return p_ND * (y_ND.sum(1, keepdim=True) - y_ND) - y_ND * others_ND
+    return p_ND, others_ND
 
 
 def standardise(x_NL: Tensor, lengths: Sequence[int]) -> Tensor:

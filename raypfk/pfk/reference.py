@@ -5,7 +5,7 @@ Vectors are lists of floats; a descriptor is a list of L numbers, its scales the
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,71 @@ def neighbour(row: Vector) -> int:
     return top_k(row, range(len(row)), 1)[0][1]
 
 
+def vote(row: Vector, labels: Sequence[int], k: int) -> list[tuple[int, float]]:
+    """(class, share) of the votes of the k largest scores: by votes descending, then by the class's first voter."""
+    voters = [labels[index] for _, index in top_k(row, range(len(row)), k)]
+    classes = sorted(set(voters), key=lambda label: (-voters.count(label), voters.index(label)))
+    return [(label, voters.count(label) / len(voters)) for label in classes]
+
+
+def mc_trace(z: Sequence[Vector], g: Sequence[Vector]) -> float:
+    """tr(C_zg) of K samples of an image's features and one class's Fisher scores (section 4.3 c)."""
+    if not _all_finite(z, g):
+        return -math.inf
+    c_zg = _covariance(_centred(z), _centred(g))
+    return sum(c_zg[i][i] for i in range(len(c_zg)))
+
+
+def mc_information(z: Sequence[Vector], g: Sequence[Vector], ridge: float) -> float:
+    """0.5 log(|C_zz| |C_gg| / |C_zg,zg|) of the same, each at a mean variance of 1, ridge added (section 4.3 d)."""
+    if not _all_finite(z, g):
+        return -math.inf
+    z, g = _of_unit_variance(z), _of_unit_variance(g)
+    joint = [[*z_k, *g_k] for z_k, g_k in zip(z, g, strict=True)]
+    log_zz, log_gg, log_joint = (_log_determinant(_covariance(x, x), ridge) for x in (z, g, joint))
+    return 0.5 * (log_zz + log_gg - log_joint)
+
+
+def _all_finite(*samples: Sequence[Vector]) -> bool:
+    return all(math.isfinite(value) for x in samples for x_k in x for value in x_k)
+
+
+def _centred(x: Sequence[Vector]) -> list[list[float]]:
+    """Each channel less its mean over the K samples; zeros where it is constant to rounding."""
+    channels = []
+    for channel in zip(*x, strict=True):
+        constant = max(channel) - min(channel) <= 4 * 2.0**-23 * max(map(abs, channel))
+        mean = math.fsum(channel) / len(channel)
+        channels.append([0.0 if constant else value - mean for value in channel])
+    return [list(x_k) for x_k in zip(*channels, strict=True)]
+
+
+def _of_unit_variance(x: Sequence[Vector]) -> list[list[float]]:
+    x = _centred(x)
+    variances = [sum(value**2 for value in channel) / (len(x) - 1) for channel in zip(*x, strict=True)]
+    spread = math.sqrt(sum(variances) / len(variances)) or 1.0
+    return [[value / spread for value in x_k] for x_k in x]
+
+
+def _covariance(a: Sequence[Vector], b: Sequence[Vector]) -> list[list[float]]:
+    """L x L, between the channels of K centred samples."""
+    columns_a, columns_b = list(zip(*a, strict=True)), list(zip(*b, strict=True))
+    return [[sum(p * q for p, q in zip(ca, cb, strict=True)) / (len(a) - 1) for cb in columns_b] for ca in columns_a]
+
+
+def _log_determinant(matrix: list[list[float]], ridge: float) -> float:
+    """Of a covariance with the ridge on its diagonal, by Gaussian elimination: the sum of the pivots' logarithms."""
+    rows = [[value + ridge * (i == j) for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+    total = 0.0
+    for i, pivot in enumerate(rows):
+        total += math.log(pivot[i])
+        for row in rows[i + 1 :]:
+            factor = row[i] / pivot[i]
+            for j in range(i, len(row)):
+                row[j] -= factor * pivot[j]
+    return total
+
+
 def greedy_k_center(similar: Sequence[Vector], p: int, first: int) -> list[int]:
     """From `first`, always the one whose largest similarity to those chosen is smallest (M x M matrix, section 4.4)."""
     if p >= len(similar):
@@ -123,6 +188,111 @@ def rank_by_rank(scores: Sequence[Vector], keys: Sequence[Sequence[int]], p: int
             if len(picks) < p and key not in [pick[0] for pick in picks]:
                 picks.append((key, center, rank, -minus_score))
     return picks
+
+
+def uncertainty(name: str, passes: Sequence[Sequence[Vector]]) -> list[float]:
+    """The acquisition function of each image, from the logits of T passes, each N lists of D; -inf if not finite."""
+    return [_uncertainty(name, rows) for rows in zip(*passes, strict=True)]
+
+
+def _uncertainty(name: str, rows: Sequence[Vector]) -> float:
+    if not all(math.isfinite(value) for row in rows for value in row):
+        return -math.inf
+    votes = [row.index(max(row)) for row in rows]
+    if name == "variation_ratio":
+        return 1 - max(votes.count(vote) for vote in votes) / len(votes)
+    probabilities = [_softmax(row) for row in rows]
+    mean = [math.fsum(column) / len(rows) for column in zip(*probabilities, strict=True)]
+    if name == "max_entropy":
+        return _entropy(mean)
+    if name == "bald":
+        return _entropy(mean) - math.fsum(map(_entropy, probabilities)) / len(rows)
+    largest, second, *_ = sorted([*mean, 0.0], reverse=True)
+    return {"margin": 1 - (largest - second), "least_confidence": 1 - largest}[name]
+
+
+def _softmax(row: Vector) -> list[float]:
+    odds = [math.exp(value - max(row)) for value in row]
+    return [value / math.fsum(odds) for value in odds]
+
+
+def _entropy(probabilities: Vector) -> float:
+    return -math.fsum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def draw(salt: int, number: int) -> float:
+    """In (0, 1): the 52 high bits, and a half, of output `number`, from 0, of the SplitMix64 that starts at `salt`."""
+    x = (salt + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift)) * factor % 2**64
+    return (((x ^ (x >> 31)) >> 12) + 0.5) / 2**52
+
+
+def outer(slope: Vector, hidden: Vector) -> list[float]:
+    """The gradient of one image's cross-entropy with respect to the last layer's weights."""
+    return [s * h for s in slope for h in hidden]
+
+
+def greedy(pool: Sequence[Vector], keys: Sequence[int], p: int, value: Callable[[int, list[int]], object]) -> list[int]:
+    """Of those left always the one of the largest `value(n, chosen so far)`, of equals the smallest key.
+
+    Vectors that are not finite come last, by key, and do not count as chosen.
+    """
+    finite = [all(map(math.isfinite, vector)) for vector in pool]
+    chosen: list[int] = []
+    while len(chosen) < min(p, len(pool)):
+        rest = [n for n in range(len(pool)) if n not in chosen]
+        worth = {n: value(n, [c for c in chosen if finite[c]]) for n in rest if finite[n]}
+        chosen.append(max(worth or rest, key=lambda n, worth=worth: (worth.get(n, 0), -keys[n])))
+    return [keys[n] for n in chosen]
+
+
+def farthest_first(pool: Sequence[Vector], keys, salts, labelled: Sequence[Vector], p: int) -> list[int]:
+    """Farthest from the nearest of those labelled and chosen; at first, where there are none, as the salts draw."""
+    labelled = [vector for vector in labelled if all(map(math.isfinite, vector))]
+
+    def value(n: int, chosen: list[int]) -> float:
+        centers = [*labelled, *(pool[c] for c in chosen)]
+        return min((_square(pool[n], c) for c in centers), default=draw(salts[n], 0))
+
+    return greedy(pool, keys, p, value)
+
+
+def k_means_plus_plus(pool: Sequence[Vector], keys, salts, p: int) -> list[int]:
+    """The longest; then who is first in a race of times -log(u) / d^2; those at distance 0 after all others, by u."""
+
+    def value(n: int, chosen: list[int]) -> tuple[bool, float]:
+        if not chosen:
+            return True, _square(pool[n], [0.0] * len(pool[n]))
+        square = min(_square(pool[n], pool[c]) for c in chosen)
+        return square > 0, math.log(draw(salts[n], len(chosen))) / (square or 1)
+
+    return greedy(pool, keys, p, value)
+
+
+def facility_location(pool: Sequence[Vector], keys, queries: Sequence[Vector], p: int) -> list[int]:
+    """What adds most to sum_q max_j s_qj + sum_j max_q s_qj over the chosen j: s = (1 + cosine) / 2, to 24 bits."""
+    similar = [[_similarity(vector, query) for query in queries] for vector in pool]
+
+    def information(chosen: list[int]) -> float:
+        covered = sum(max((similar[j][q] for j in chosen), default=0.0) for q in range(len(queries)))
+        return covered + sum(max(similar[j]) for j in chosen)
+
+    return greedy(pool, keys, p, lambda n, chosen: information([*chosen, n]) - information(chosen))
+
+
+def _square(a: Vector, b: Vector) -> float:
+    """Of the distance, in 24 bits as float32 has them, but of any size."""
+    mantissa, exponent = math.frexp(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+    return math.ldexp(round(mantissa * 2**24), exponent - 24)
+
+
+def _similarity(a: Vector, b: Vector) -> float:
+    if not all(map(math.isfinite, a)):
+        return 0.0
+    lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    cosine = sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
+    return round((1 + cosine) / 2 * 2**24) / 2**24
 
 
 def _float32(value: float) -> float:

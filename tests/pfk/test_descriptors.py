@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raypfk.pfk import TapReader, features, fisher_scores, lengths, reference, spatial_mean, standardise
-from raypfk.pfk.descriptors import logit_slope
+from raypfk.pfk.descriptors import class_scores, logit_slope
 
 from .strategies import lengths as some_lengths
 from .strategies import quick, seeds
@@ -227,6 +227,60 @@ def test_labels_that_do_not_fit_are_refused(labels):
     reader = TapReader(plain(), ["2"])
     with pytest.raises(ValueError, match="expected"):
         fisher_scores(*reader(torch.randn(2, 3, 9, 9)), labels)
+
+
+def one_by_one(net: nn.Module, names, x, num_classes: int) -> torch.Tensor:
+    """(N, D, L): `fisher_scores` of every class, each from a forward of its own."""
+    return torch.stack([read(net, names, x, torch.full((len(x),), d))[2] for d in range(num_classes)], 1)
+
+
+@pytest.mark.parametrize("make, names", NETS)
+def test_class_scores_are_plain_autograd_for_every_class(make, names):
+    """One batched backward gives what autograd gives, image by image and class by class."""
+    torch.manual_seed(4)
+    net, x = make(), torch.randn(3, 3, 9, 9)
+    scores = class_scores(*TapReader(net, names)(x))
+    each = [reference.fisher_scores(net, names, x, torch.full((3,), d)) for d in range(5)]
+    expected = torch.tensor(each, dtype=torch.float64).transpose(0, 1)
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(scores, one_by_one(net, names, x, 5), rtol=1e-4, atol=1e-7)
+    assert expected.abs().sum() > 1e-3 and all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("make, names", [NETS[0], NETS[3]])
+def test_class_scores_of_a_confident_model_keep_their_direction(make, names):
+    """Where softmax rounds to 1, the tiny scores of the predicted class are right to their own rounding."""
+    torch.manual_seed(5)
+    net, x = make(), torch.randn(3, 3, 9, 9)
+    net[-1].bias.data[2] += 60
+    assert (net.eval()(x).softmax(1)[:, 2] == 1).all()
+    scores, expected = class_scores(*TapReader(net, names)(x)), one_by_one(net, names, x, 5)
+    size = expected.abs().amax(2, keepdim=True)
+    assert (size[:, 2] > 0).all() and (size[:, 2] < 1e-20).all()
+    torch.testing.assert_close(scores / size, expected / size, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_class_scores_of_taps_that_do_not_matter_are_zeros(n):
+    """A side branch scores zero for every class, alone or beside a tap that matters, for any number of images."""
+
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.side, self.main = nn.Conv2d(3, 2, 1), nn.Linear(3, 4)
+
+        def forward(self, x):
+            self.side(x)
+            return self.main(x.mean((2, 3)))
+
+    x = torch.randn(n, 3, 5, 5)
+    assert torch.equal(class_scores(*TapReader(Side(), ["side"])(x)), torch.zeros(n, 4, 2))
+    with torch.inference_mode():
+        net = Side()
+        both = class_scores(*TapReader(net, ["side", "main"])(x))
+    assert torch.equal(both[..., :2], torch.zeros(n, 4, 2)) and both.shape == (n, 4, 6)
+    torch.testing.assert_close(both[..., 2:], one_by_one(net, ["main"], x, 4))
 
 
 @quick
