@@ -61,17 +61,18 @@ class ColumnsConfig(Section):
     """Class names or indices; null: `label`, if it is there."""
 
 
-FILES = ("folder", "webdataset", "parquet", "manifest")
+TREES = ("folder", "webdataset", "parquet", "manifest")
+FILES = (*TREES, "ilsvrc")
 
 
 class DataConfig(Section):
     """Where the images come from: an existing pool, or a source that the run makes its pool of, once."""
 
     pool: str | None = None
-    source: Literal["folder", "webdataset", "parquet", "manifest", "mnist", "svhn", "cifar10", "digits"] | None = None
+    source: Literal[*FILES, "mnist", "svhn", "cifar10", "digits"] | None = None
     root: str | None = None
     """Where the source lies: a folder of images, of tars or of Parquet files (or one of them), a CSV or Parquet list
-    of images, or the folder that torchvision's data set takes as root."""
+    of images, the folder with ILSVRC's train, val and devkit, or that which torchvision's data set takes as root."""
     validation_root: str | None = None
     """Likewise the trusted validation images, with labels (else `validation` are taken from `root`)."""
     test_root: str | None = None
@@ -112,8 +113,10 @@ class DataConfig(Section):
                 raise ValueError(f"`{given[0]}` says how to build a pool: beside `pool` it has no meaning")
         if self.source not in (None, "digits") and self.root is None:
             raise ValueError(f"source {self.source!r} needs `root`, the place it lies in (--set data.root=...)")
-        if self.source not in FILES and (self.validation_root or self.test_root or self.by_reference):
-            raise ValueError(f"`validation_root`, `test_root` and `by_reference` go with {', '.join(FILES)} only")
+        if self.source not in TREES and (self.validation_root or self.test_root):
+            raise ValueError(f"`validation_root` and `test_root` go with {', '.join(TREES)} only")
+        if self.source not in FILES and self.by_reference:
+            raise ValueError(f"`by_reference` goes with {', '.join(FILES)} only")
         for name in ("validation", "test"):
             share = getattr(self, name)
             if share is not None and (share <= 0 or (isinstance(share, float) and share >= 1)):

@@ -139,8 +139,7 @@ def test_kuberay_entrypoint_refers_to_files_that_are_there(job):
     assignments = tuple(after for word, after in itertools.pairwise(words) if word == "--set")
     assert len(words) == 6 + 2 * len(assignments)
     loaded = config.load(str(ROOT / words[3]), assignments=assignments)
-    assert loaded.data.root == "s3://BUCKET/ILSVRC/train"
-    assert loaded.data.test_root == "s3://BUCKET/ILSVRC/val"
+    assert (loaded.data.source, loaded.data.root) == ("ilsvrc", "s3://BUCKET/ILSVRC")
 
 
 def test_one_version_of_ray_and_one_image(job, vm):

@@ -1,4 +1,4 @@
-"""What can become a pool: images in folders, tars, tables or lists of places, or a data set of torchvision's.
+"""What can become a pool: images in folders (also ILSVRC's), tars, tables, lists of places, or torchvision's data sets.
 
 A source lists its images without reading their pixels; `read(keys)` then gives encoded images, in any process.
 Image ids never change: of files the path below the root ("/" between, Unicode NFC), of a tar's members its path and
@@ -8,13 +8,16 @@ theirs, of a table's rows its path and their number, of a data set the index in 
 from raypfk.config import DataConfig
 from raypfk.sources.datasets import Arrays
 from raypfk.sources.folder import Folder
+from raypfk.sources.ilsvrc import Ilsvrc
 from raypfk.sources.labels import joined
 from raypfk.sources.listing import UNKNOWN, Entries, Listing, Source
 from raypfk.sources.splits import split
 from raypfk.sources.tables import Places, Tables
 from raypfk.sources.tars import Tars
 
-__all__ = ["UNKNOWN", "Arrays", "Entries", "Folder", "Listing", "Places", "Source", "Tables", "Tars", "of", "split"]
+__all__ = [
+    "UNKNOWN", "Arrays", "Entries", "Folder", "Ilsvrc", "Listing", "Places", "Source", "Tables", "Tars", "of", "split",
+]  # fmt: skip
 
 
 def of(data: DataConfig) -> Source:
@@ -23,6 +26,8 @@ def of(data: DataConfig) -> Source:
     match data.source:
         case "folder":
             return Folder(*roots)
+        case "ilsvrc":
+            return Ilsvrc(data.root)
         case "webdataset":
             return Tars(*roots)
         case "parquet":

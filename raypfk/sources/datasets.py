@@ -59,7 +59,7 @@ def _open(name: str, root: str | None, part: str) -> _Opened:
         return _OPENERS[name](root, part)
     except Exception as error:  # whatever a parser makes of a corrupt file
         message = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{root}: expected {_EXPECTED[name]}, whole: {message}") from None
+        raise UserError(f"{root}: expected {_EXPECTED[name]}, whole: {part}: {message}") from None
 
 
 _EXPECTED = {

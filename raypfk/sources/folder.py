@@ -27,9 +27,9 @@ class Folder(Files):
     test_root: str | None = None
 
     def list(self) -> Listing:
-        pool = _Tree(self.root, "data.root")
+        pool = Tree(self.root, "data.root")
         given = {"validation": self.validation_root, "test": self.test_root}
-        trees = {name: _Tree(root, f"data.{name}_root", f"{name}/") for name, root in given.items() if root}
+        trees = {name: Tree(root, f"data.{name}_root", f"{name}/") for name, root in given.items() if root}
         for tree in trees.values():
             if tree.classes is None:
                 raise UserError(f"{tree.field}: {tree.root}: expected one folder per class, found images or nothing")
@@ -41,7 +41,7 @@ class Folder(Files):
         return listing
 
 
-class _Tree:
+class Tree:
     """The files below one root. classes: sorted names of the class folders, or None for a flat folder."""
 
     def __init__(self, root: str, field: str, prefix: str = ""):
