@@ -28,6 +28,7 @@ from raypfk.run import Run
 from raypfk.schema import RoundDir
 from raypfk.stages import extract, score
 from raypfk.stages.acquire import pick
+from raypfk.stages.methods import Describe
 from raypfk.stages.stream import Decoder, network_of
 
 STAGES = ("extract", "score", "acquire")
@@ -107,17 +108,17 @@ def _plain(run: Run, network, scratch: str) -> dict:
     start = time.perf_counter()
     full, directions = descriptor_files.full_origin(run, network.weights), descriptor_files.directions_of(run, 1)
     origin = descriptor_files.stored_origin(run, full, directions)
-    recipe = extract.recipe_for(run, "true")
-    _describe(run, network, "validation", recipe, full, files.validation_parts, timer)
+    method = extract.describe(run, 1, full, "true")
+    _describe(run, network, "validation", method, files.validation_parts, timer)
     parts = [store.read_table(store.join(files.validation_parts, s.name)) for s in run.pool.shards("validation")]
     validation = pa.concat_tables(parts).combine_chunks()
     missed = validation["predicted"].to_numpy() != validation["label"].to_numpy()
     with timer:
         described = descriptor_files.decode(validation, full)
-        mask = extract.choose_centers(run, 1, described, missed)
+        mask = extract.choose_centers(run, 1, described, missed if missed.any() else ~missed)
     reference = described.z.numpy(), validation["label"].to_numpy()
-    recipe = extract.recipe_for(run, "neighbour", reference, directions)
-    _describe(run, network, "pool", recipe, origin, files.descriptors, timer)
+    method = extract.describe(run, 1, origin, "neighbour", reference, directions)
+    _describe(run, network, "pool", method, files.descriptors, timer)
     centers = validation.filter(pa.array(mask))
     paths = [store.join(files.descriptors, s.name) for s in run.pool.shards("pool")]
     held = described.rows(torch.from_numpy(mask))
@@ -132,13 +133,13 @@ def _plain(run: Run, network, scratch: str) -> dict:
     return {"seconds": time.perf_counter() - start, "arithmetic": timer.seconds, "selection": selection}
 
 
-def _describe(run: Run, network, split: str, recipe: extract.Recipe, origin, out: str, timer) -> None:
-    columns = ("image_id", "label") if recipe.estimator == "true" else ("image_id",)
+def _describe(run: Run, network, split: str, method: Describe, out: str, timer: "_Arithmetic") -> None:
+    columns = ("image_id", "label") if method.estimator == "true" else ("image_id",)
     decoder = Decoder(run.pool, run.image, columns)
-    describer = extract.Describer(network, recipe, out, run.id, origin)
-    describer._describe = timer.around(describer._describe)
+    extractor = extract.Extractor([network], method, run.config.model.batch_size, out, run.id)
+    extractor.loaded = _Timed(extractor.loaded, timer)
     for shard in run.pool.shards(split):
-        describer(decoder({"item": np.array([shard], object)}))
+        extractor(decoder({"item": np.array([shard], object)}))
 
 
 class _Arithmetic:
@@ -153,12 +154,16 @@ class _Arithmetic:
     def __exit__(self, *_):
         self.seconds += time.perf_counter() - self.start
 
-    def around(self, function):
-        def timed(*args):
-            with self:
-                return function(*args)
 
-        return timed
+class _Timed:
+    """A method in an actor, whose seconds are counted."""
+
+    def __init__(self, loaded, timer: _Arithmetic):
+        self.loaded, self.timer, self.device = loaded, timer, loaded.device
+
+    def __call__(self, *args):
+        with self.timer:
+            return self.loaded(*args)
 
 
 if __name__ == "__main__":

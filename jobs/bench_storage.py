@@ -169,7 +169,7 @@ class Places:
 
         def read():
             pairs = zip(paths, self.shards, strict=True)
-            return [descriptor_files.read_shard(run, path, shard, origin) for path, shard in pairs]
+            return [descriptor_files.read_shard(run, path, shard, origin)[1] for path, shard in pairs]
 
         written, read_back = self._fastest(write), self._fastest(read)
         size = sum(Path(path).stat().st_size for path in paths)

@@ -28,8 +28,8 @@ def cli():
 @click.argument("config_argument", metavar="[CONFIG]", required=False, type=click.Path())
 @click.option("--config", "config_option", type=click.Path(), help="The same, as an option.")
 @click.option("--out", required=True, help="Run directory: a local path or s3://bucket/key.")
-@click.option("--strategy", help="pfk, pfk-sum, pcc or random.")
-@click.option("--label-estimator", help="true, predicted or neighbour.")
+@click.option("--strategy", help="One of docs/strategies.md, or package.module:function.")
+@click.option("--label-estimator", help="neighbour, vote, soft, predicted, mc-trace, mc-information, true.")
 @click.option("--rounds", type=int, help="Rounds of selection.")
 @click.option("--seed", type=int, help="Seed of split, imbalance, weights, centers and training.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any field, as in train.epochs=20.")
@@ -110,8 +110,8 @@ def pool():
 @_verbose
 def build(source, dest, seed, verbose, image_column, uri_column, id_column, label_column, **options):
     """Make the pool DEST of SOURCE: a folder of images, webdataset:TARS, parquet:FILES, manifest:LIST.csv (each of
-    them local or s3://), or mnist:ROOT, svhn:ROOT, cifar10:ROOT, digits. Of a pool that is there: what SOURCE has got
-    since is added."""
+    them local or s3://), ilsvrc:ROOT (s3:// too), or mnist:ROOT, svhn:ROOT, cifar10:ROOT, digits. Of a pool that is
+    there: what SOURCE has got since is added."""
     from raypfk import pool_command, session
 
     columns = {"image": image_column, "uri": uri_column, "id": id_column, "label": label_column}

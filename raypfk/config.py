@@ -10,9 +10,9 @@ import reprlib
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raypfk import store
+from raypfk import store, strategies
 from raypfk.errors import UserError
 
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -22,8 +22,7 @@ Share = int | float
 LONGEST = 1 << 20
 """Bytes of a configuration."""
 MOST_ALIASES = 32
-STRATEGIES = ("pfk", "pfk-sum", "pcc", "random")
-
+ESTIMATORS = ("true", "predicted", "neighbour", "vote", "soft", "mc-trace", "mc-information")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -147,6 +146,8 @@ class ModelConfig(Section):
     """Layers whose output is read, in the order of the descriptor's scales; dotted names as in named_modules()."""
     batch_size: Positive = 256
     """Images per forward pass of extraction and evaluation. Part of the run: a batch's shape decides its rounding."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the last layer's inputs that are dropped in training, and in each pass of an uncertainty strategy."""
 
 
 class DescriptorsConfig(Section):
@@ -156,6 +157,34 @@ class DescriptorsConfig(Section):
     """Of a number; int8 is relative to the largest of its scale. docs/storage.md: what each does to a selection."""
     pca: Positive | None = None
     """Numbers kept of each scale's features and of its Fisher scores, along the validation set's main directions."""
+
+
+class VoteConfig(Section):
+    """Label estimators `vote` and `soft`: the nearest validation images, by `pcc`, vote for an image's class."""
+
+    neighbours: Positive = 10
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """`vote`: a score with a center of class y is multiplied by (share of the votes for y) to this power."""
+
+
+class MonteCarloConfig(Section):
+    """Label estimators `mc-trace` and `mc-information` (section 4.3): samples around each image."""
+
+    samples: Annotated[int, Field(ge=2)] = 8
+    """K. Each costs a forward pass and one backward for each class."""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 5.0
+    """Degrees, to either side, uniform (the authors' program passes 5 to a cosine, as radians)."""
+    noise: Annotated[float, Field(ge=0)] = 0.1
+    """Standard deviation of the Gaussian noise added to what the network sees."""
+
+
+class UncertaintyConfig(Section):
+    """Strategies by predictions: variation-ratio, max-entropy, bald, margin, least-confidence."""
+
+    passes: Positive = 32
+    """K, forward passes with dropout; one, where the network has none."""
+    members: Positive = 1
+    """E, networks of an ensemble: all are trained each round, the first is evaluated (Beluch et al. 2018)."""
 
 
 class TrainConfig(Section):
@@ -173,6 +202,10 @@ class TrainConfig(Section):
     """after these epochs."""
     augment: Literal["none", "flip", "crop-flip"] = "none"
     """Random horizontal flip; random resized crop (area 0.35 to 1) and flip."""
+    balanced: bool = False
+    """Draw an epoch's images with replacement, every class with the same chance."""
+    monitor: bool = False
+    """Test accuracy after every epoch, kept in metrics.json. Nothing is chosen by it: the last epoch counts."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Ray Train worker processes; 0 trains in the driver's process, which saves tens of seconds a round. Another number
     rounds differently; beyond that, batch normalisation sees a worker's share, and a streaming worker shuffles its own.
@@ -232,8 +265,12 @@ class Config(Section):
     pretrain: TrainConfig | None = None
     """Rotation pretraining (Gidaris et al. 2018) on the unlabelled pool; null: random weights."""
     train: TrainConfig
-    strategy: Literal[STRATEGIES] = "pfk"
-    label_estimator: Literal["true", "predicted", "neighbour"] = "neighbour"
+    strategy: str = "pfk"
+    """One of raypfk/strategies, or one's own as `package.module:function`."""
+    label_estimator: Literal[ESTIMATORS] = "neighbour"
+    vote: VoteConfig = VoteConfig()
+    monte_carlo: MonteCarloConfig = MonteCarloConfig()
+    uncertainty: UncertaintyConfig = UncertaintyConfig()
     scale_weight: Literal["length", "length-squared", "equal"] = "length"
     descriptors: DescriptorsConfig = DescriptorsConfig()
     budget: Positive
@@ -246,6 +283,13 @@ class Config(Section):
     """simulated: the pool's hidden labels; file: a person's answers in rounds/NNN/labels.csv."""
     seed: Annotated[int, Field(ge=0)] = 0
     resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if ":" not in name and name not in strategies.names():
+            raise ValueError(f"expected {', '.join(strategies.names())} or package.module:function, found {name!r}")
+        return name
 
 
 class _Loader(yaml.SafeLoader):

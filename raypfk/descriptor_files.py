@@ -1,7 +1,8 @@
 """Descriptor files: tensors to Parquet and back without a copy or a loop over rows, and whether files fit together.
 
 The validation set's descriptors (validation.parquet) are float32 in full; the pool's (descriptors/) are stored as the
-run's section `descriptors` says. A file's metadata holds its `Origin`: two files are compared only if theirs agree.
+run's section `descriptors` says. For a strategy by gradients the vectors are a last layer's, float32 as they are.
+A file's metadata holds its `Origin`: two files are compared only if theirs agree.
 """
 
 import json
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from raypfk import pfk, schema, store
 from raypfk.errors import UserError
-from raypfk.pfk import Descriptors, Kernel
+from raypfk.pfk import Descriptors, Kernel, LastLayer
 from raypfk.pfk.compress import DTYPES
 from raypfk.pfk.kernel import MAX_LENGTH, scale_lengths
 from raypfk.pool import Shard
@@ -26,6 +27,7 @@ from raypfk.run import Run, stamp
 FORMAT = 1
 KEY = "raypfk.descriptors"
 VECTORS = ("features", "fisher")
+GRADIENTS = ("slope", "hidden")
 _ARROW = {"float32": pa.float32(), "float16": pa.float16(), "bfloat16": pa.uint16(), "int8": pa.int8()}
 
 
@@ -35,6 +37,7 @@ class Origin:
 
     model, weights: the network, and the first 16 hex digits of its checkpoint's SHA-256. taps; lengths: the numbers
     stored of each. dtype: of a number. directions: fingerprint of the principal directions, null if not projected.
+    vectors: the columns, `VECTORS`; or `GRADIENTS`, of which `lengths` are then the numbers. votes: classes kept.
     """
 
     model: str
@@ -43,7 +46,14 @@ class Origin:
     lengths: tuple[int, ...]
     dtype: str
     directions: str | None
+    vectors: tuple[str, ...] = VECTORS
+    votes: int = 0
     format: int = FORMAT
+
+    def schema(self, *, validation: bool = False) -> pa.Schema:
+        if self.vectors == GRADIENTS:
+            return schema.last_layers(*self.lengths, validation=validation)
+        return schema.descriptors(sum(self.lengths), self.dtype, validation=validation, votes=self.votes)
 
 
 class Directions(NamedTuple):
@@ -67,13 +77,19 @@ def short_hash(data: bytes) -> str:
 def full_origin(run: Run, weights: str) -> Origin:
     """Of the validation set's descriptors under the network of this fingerprint."""
     model = run.config.model
+    if run.strategy.kind == "gradients":
+        return Origin(model.name, weights, (), (run.classes, run.last_layer_inputs), "float32", None, GRADIENTS)
     return Origin(model.name, weights, tuple(model.taps), run.lengths, "float32", None)
 
 
 def stored_origin(run: Run, full: Origin, directions: Directions | None) -> Origin:
     """Of the pool's descriptors that go with the validation set's."""
-    fingerprint = directions.fingerprint if directions else None
-    return replace(full, lengths=run.stored_lengths, dtype=run.config.descriptors.dtype, directions=fingerprint)
+    if full.vectors == GRADIENTS:
+        return full
+    config, fingerprint = run.config, directions.fingerprint if directions else None
+    votes = min(config.vote.neighbours, run.classes) if config.label_estimator == "vote" else 0
+    dtype = config.descriptors.dtype
+    return replace(full, lengths=run.stored_lengths, dtype=dtype, directions=fingerprint, votes=votes)
 
 
 # --------------------------------------------------------------------------------------------- tensors and columns
@@ -98,17 +114,33 @@ def tensor(column: pa.ChunkedArray, dtype: str) -> Tensor:
     return torch.from_dlpack(numbers).view(DTYPES[dtype]).view(-1, length)
 
 
-def encode(columns: dict[str, Any], described: Descriptors, origin: Origin) -> pa.Table:
-    """A descriptor file's table: `columns` (image_id first), and z and g as `origin` says."""
-    z, g = (column(pfk.quantise(x, origin.lengths, origin.dtype)) for x in described)
+def encode(columns: dict[str, Any], described: Descriptors | LastLayer, origin: Origin) -> pa.Table:
+    """A descriptor file's table: `columns` (image_id first), and the vectors as `origin` says."""
+    if origin.vectors == VECTORS:
+        described = [pfk.quantise(x, origin.lengths, origin.dtype) for x in described]
     image_id, *others = columns
-    vectors = dict(zip(VECTORS, (z, g), strict=True))
+    vectors = {name: column(x) for name, x in zip(origin.vectors, described, strict=True)}
     return pa.table({image_id: columns[image_id], **vectors, **{name: columns[name] for name in others}})
 
 
-def decode(table: pa.Table, origin: Origin) -> Descriptors:
-    """The descriptors of a table's rows, float32: with dtype float32 the table's memory, else standardised anew."""
-    return Descriptors(*(pfk.dequantise(tensor(table[name], origin.dtype), origin.lengths) for name in VECTORS))
+def decode(table: pa.Table, origin: Origin) -> Descriptors | LastLayer:
+    """The vectors of a table's rows, float32: with dtype float32 the table's memory, else standardised anew."""
+    vectors = [tensor(table[name], origin.dtype) for name in origin.vectors]
+    if origin.vectors == GRADIENTS:
+        return LastLayer(*vectors)
+    return Descriptors(*(pfk.dequantise(x, origin.lengths) for x in vectors))
+
+
+def votes_column(x_NV: Tensor) -> pa.FixedSizeListArray:
+    """Classes or shares of votes as lists: they stand beside the vectors, for everybody to read."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(x_NV.flatten().numpy()), x_NV.shape[1])
+
+
+def votes_of(table: pa.Table) -> tuple[Tensor, Tensor]:
+    """Classes (N, V) int64 and shares (N, V) float32 of a pool shard's votes."""
+    classes, shares = (table[name].combine_chunks() for name in ("vote_classes", "vote_shares"))
+    numbers = [torch.from_numpy(x.flatten().to_numpy().copy()).view(len(x), -1) for x in (classes, shares)]
+    return numbers[0].long(), numbers[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -117,39 +149,46 @@ def decode(table: pa.Table, origin: Origin) -> Descriptors:
 def write(path: str, table: pa.Table, run_id: str, origin: Origin) -> None:
     """Descriptors are noise to a compressor; what stands beside them is not."""
     table = stamp(table.replace_schema_metadata({KEY: json.dumps(asdict(origin))}), run_id)
-    others = [name for name in table.column_names if name not in VECTORS]
-    compression = dict.fromkeys(VECTORS, "none") | dict.fromkeys(others, "zstd")
-    store.write_table(path, table, compression, use_dictionary=others[1:], write_statistics=others)
+    others = [name for name in table.column_names if name not in origin.vectors]
+    leaves = [f"{name}.list.element" if name.startswith("vote_") else name for name in others]
+    compression = dict.fromkeys(origin.vectors, "none") | dict.fromkeys(leaves, "zstd")
+    store.write_table(path, table, compression, use_dictionary=leaves[1:], write_statistics=leaves)
 
 
-def read(run: Run, path: str, expected: Origin, as_of: str, columns: list[str]) -> tuple[pa.Table, Descriptors]:
-    """`columns` of a descriptor file, image_id among them, and its descriptors (N, L) float32.
+def read(
+    run: Run, path: str, expected: Origin, as_of: str, columns: list[str]
+) -> tuple[pa.Table, Descriptors | LastLayer]:
+    """`columns` of a descriptor file, image_id among them, and its vectors (N, L) float32.
 
     as_of: where `expected` was found. Raises UserError that names the file if it is absent, damaged, another run's or
     of another origin, or if its image ids do not ascend, and the image whose descriptor holds NaN or infinity.
     """
-    table = run.read(path, columns=[*columns, *VECTORS])
+    table = run.read(path, columns=[*columns, *expected.vectors])
     _check_origin(path, origin_of(path, table), expected, as_of)
     _check_vectors(path, table, expected)
     _check_ascending(path, table["image_id"])
     described = decode(table, expected)
-    for name, x_NL in zip(VECTORS, described, strict=True):
-        _check_numbers(path, name, table["image_id"], x_NL, expected.lengths)
+    if expected.vectors == VECTORS:
+        for name, x_NL in zip(VECTORS, described, strict=True):
+            _check_numbers(path, name, table["image_id"], x_NL, expected.lengths)
     return table, described
 
 
-def read_shard(run: Run, path: str, shard: Shard, expected: Origin) -> Descriptors:
-    """The descriptors of a pool shard, checked against the centers' origin and the ids that the shard can hold."""
+def read_shard(run: Run, path: str, shard: Shard, expected: Origin) -> tuple[pa.Table, Descriptors | LastLayer]:
+    """Ids (and votes) and vectors of a pool shard, checked against the centers' origin and the shard's range of ids."""
+    columns = ["image_id", "vote_classes", "vote_shares"] if expected.votes else ["image_id"]
     try:
-        table, described = read(run, path, expected, "the centers", ["image_id"])
+        table, described = read(run, path, expected, "the centers", columns)
         _check_range(path, table["image_id"], shard)
     except UserError as error:
         raise UserError(f"{error} (to describe these images again, delete it and done/extract.json)") from None
-    return described
+    return table, described
 
 
-def read_validation(run: Run, round: int, weights: str | None = None) -> tuple[pa.Table, Descriptors, Origin]:
-    """validation.parquet, its descriptors and their origin.
+def read_validation(
+    run: Run, round: int, weights: str | None = None
+) -> tuple[pa.Table, Descriptors | LastLayer, Origin]:
+    """validation.parquet, its vectors and their origin.
 
     weights: fingerprint of the checkpoint that it must come from; None takes the file's word. UserError as in `read`.
     """
@@ -157,8 +196,8 @@ def read_validation(run: Run, round: int, weights: str | None = None) -> tuple[p
     if weights is None:
         weights = origin_of(path, store.read_table(path, ["image_id"])).weights
     expected = full_origin(run, weights)
-    names = schema.descriptors(1, validation=True).names
-    table, described = read(run, path, expected, run.uri, [name for name in names if name not in VECTORS])
+    names = [name for name in expected.schema(validation=True).names if name not in expected.vectors]
+    table, described = read(run, path, expected, run.uri, names)
     return table, described, expected
 
 
@@ -186,7 +225,8 @@ def origin_of(path: str, table: pa.Table) -> Origin:
         raise UserError(f"{path}: {KEY}: expected a JSON object, found {text[:60]!r}")
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: {KEY} has format {record.get('format')!r}, expected {FORMAT}")
-    values = {f.name: record.get(f.name) for f in fields(Origin)}
+    newer = {"vectors": VECTORS, "votes": 0}
+    values = {f.name: record.get(f.name, newer.get(f.name)) for f in fields(Origin)}
     return Origin(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -237,11 +277,11 @@ def _check_origin(path: str, found: Origin, expected: Origin, as_of: str) -> Non
 
 
 def _check_vectors(path: str, table: pa.Table, expected: Origin) -> None:
-    wanted = pa.binary(sum(expected.lengths) * schema.ITEM_BYTES[expected.dtype])
-    for name in VECTORS:
-        if table.schema.field(name).type != wanted:
-            raise UserError(f"{path}: column {name!r} is {table.schema.field(name).type}, expected {wanted}")
-    for name in ("image_id", *VECTORS):
+    for name in expected.vectors:
+        came, wanted = (x.field(name).type for x in (table.schema, expected.schema()))
+        if came != wanted:
+            raise UserError(f"{path}: column {name!r} is {came}, expected {wanted}")
+    for name in ("image_id", *expected.vectors):
         if table[name].null_count:
             raise UserError(f"{path}: column {name!r} has {table[name].null_count} nulls, expected none")
 

@@ -71,7 +71,8 @@ def _do(run: Run, number: int, stage: str) -> bool:
         write_metrics(run, number, markers)
     run.mark(number, stage, facts)
     if stage == "train":  # what an interrupted training goes on from: only now of no use
-        store.delete(run.round(number).training)
+        for member in range(run.members):
+            store.delete(run.round(number).training_of(member))
     progress.current().say(_line(number, stage, facts))
     return True
 
@@ -98,7 +99,7 @@ def _require_earlier(run: Run, number: int, stage: str) -> None:
 
 
 def _line(number: int, stage: str, facts: dict) -> str:
-    shown = {k: v for k, v in facts.items() if k not in ("seconds", "confusion") and v is not None}
+    shown = {k: v for k, v in facts.items() if k not in ("seconds", "confusion", "monitored") and v is not None}
     if stage == "evaluate":
         confusion = facts["confusion"]
         right = sum(row[i] for i, row in enumerate(confusion))

@@ -5,6 +5,7 @@ import difflib
 import io
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -45,10 +46,22 @@ def names() -> list[str]:
     return ["lenet", "resnet10", *models.list_models(module=models)]
 
 
-def build(name: str, channels: int, classes: int, size: int, seed: int) -> nn.Module:
+class _DroppedLinear(nn.Linear):
+    """A linear layer with dropout before it, and no other names of weights than without."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, dropout: float):
+        super().__init__(inputs, outputs, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dropout(x))
+
+
+def build(name: str, channels: int, classes: int, size: int, seed: int, dropout: float = 0.0) -> nn.Module:
     """The network with random weights: the same `seed`, the same weights; the global random state stays as it was.
 
-    size: side of the images in pixels. Its attribute `name` says which network it is.
+    size: side of the images in pixels. dropout: share of the last layer's inputs that training drops, beside what the
+    network drops by itself. Its attribute `name` says which network it is.
     """
 
     def make() -> nn.Module:
@@ -58,7 +71,40 @@ def build(name: str, channels: int, classes: int, size: int, seed: int) -> nn.Mo
 
     net = _seeded(make, seed)
     net.name = name
+    if dropout:
+        last = last_layer(net)
+        net.set_submodule(_last(net, nn.Linear)[0], _dropped(last, dropout))
     return net
+
+
+def _dropped(layer: nn.Linear, dropout: float) -> _DroppedLinear:
+    """The same layer, with dropout before it."""
+    with torch.device("meta"):  # draws nothing
+        new = _DroppedLinear(layer.in_features, layer.out_features, layer.bias is not None, dropout)
+    new.load_state_dict(layer.state_dict(), assign=True)
+    return new
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a network is, without its weights: what `build` takes, but for the seed."""
+
+    name: str
+    channels: int
+    classes: int
+    size: int
+    dropout: float = 0.0
+
+    def build(self, seed: int = 0) -> nn.Module:
+        return build(self.name, self.channels, self.classes, self.size, seed, self.dropout)
+
+
+def last_layer(net: nn.Module) -> nn.Linear:
+    """The layer that gives the logits. UserError where it is none of `nn.Linear`."""
+    _, layer = _last(net, nn.Linear) or ("", None)
+    if layer is None:
+        raise UserError(f"model.name: {_name(net)} has no linear last layer, which model.dropout or the strategy needs")
+    return layer
 
 
 def replace_last_layer(net: Module, classes: int, seed: int) -> Module:
@@ -69,6 +115,8 @@ def replace_last_layer(net: Module, classes: int, seed: int) -> Module:
         raise UserError(f"model.name: {_name(net)} has no linear and no convolutional layer to start anew")
     if isinstance(old, nn.Linear):
         new = _seeded(lambda: nn.Linear(old.in_features, classes, bias=old.bias is not None), seed)
+        if isinstance(old, _DroppedLinear):
+            new = _dropped(new, old.dropout.p).train(old.training)
     else:
         new = _seeded(lambda: _convolution_like(old, old.in_channels, classes), seed)
     net.set_submodule(path, new.to(old.weight.device, old.weight.dtype))

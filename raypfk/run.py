@@ -3,23 +3,25 @@
 import hashlib
 import platform
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 import raypfk
 from raypfk import config as configs
-from raypfk import lease, models, store
+from raypfk import lease, models, store, strategies
 from raypfk.config import Config
 from raypfk.errors import UserError
-from raypfk.pfk import Kernel
+from raypfk.models import Architecture
+from raypfk.pfk import Kernel, McDropout
 from raypfk.pool import Pool
 from raypfk.schema import LABELS, RoundDir
 from raypfk.stages import pool as stage
+from raypfk.strategies import Strategy
 
 FORMAT = 1
 
@@ -34,6 +36,14 @@ class ImageSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     max_pixels: int
+
+
+class Passes(NamedTuple):
+    """Of one network and one image: predictions; passes from the input; and from the first dropout."""
+
+    each: int
+    full: int
+    partial: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Run:
             return cls.open(uri, run.pool)
         run = cls(uri, uuid.uuid4().hex, config, pool, _image_spec(config, pool), pool.num_classes)
         _check(config, pool)
-        run.lengths  # noqa: B018 - a wrong model or tap shows here, before anything is written
+        run.check()
         _write(uri, run.id, config, pool)
         return run
 
@@ -118,16 +128,50 @@ class Run:
             raise UserError(f"{self.uri}: an image is labelled twice in rounds 1 to {before - 1}")
         return table.sort_by("image_id")
 
+    def check(self) -> None:
+        """UserError for a model, a tap or a strategy that cannot be, before anything is written."""
+        self.lengths, self.strategy  # noqa: B018
+        if self.strategy.kind == "gradients":
+            self.last_layer_inputs  # noqa: B018
+        if "passes" in self.strategy.given and self.members * self.passes.each < 2:
+            wanted = "uncertainty.passes and a network with dropout (model.dropout), or uncertainty.members"
+            raise UserError(f"strategy: {self.config.strategy!r} compares predictions of the same image: set {wanted}")
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the run's networks."""
+        model, image = self.config.model, self.image
+        return Architecture(model.name, image.channels, self.classes, image.size, model.dropout)
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        return strategies.named(self.config.strategy)
+
+    @property
+    def members(self) -> int:
+        """Networks that are trained each round: more than one are an ensemble, of which the first is evaluated."""
+        return self.config.uncertainty.members if self.strategy.kind == "predictions" else 1
+
+    @cached_property
+    def passes(self) -> Passes:
+        """What an uncertainty strategy makes each network do."""
+        dropout = McDropout(self.architecture.build(), self.config.uncertainty.passes)
+        return Passes(dropout.passes if dropout.active else 1, dropout.full, dropout.partial)
+
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """L_j of the taps. UserError for a tap that the network does not have."""
-        model, image = self.config.model, self.image
-        net = models.build(model.name, image.channels, self.classes, image.size, seed=0)
-        return models.check_taps(net, model.taps, image.channels, image.size)
+        image = self.image
+        return models.check_taps(self.architecture.build(), self.config.model.taps, image.channels, image.size)
+
+    @cached_property
+    def last_layer_inputs(self) -> int:
+        """Numbers that the last layer takes. UserError where it is not linear."""
+        return models.last_layer(self.architecture.build()).in_features
 
     def kernel(self) -> Kernel:
         """Of descriptors in full."""
-        return Kernel(self.config.strategy, self.lengths, self.config.scale_weight)
+        return self.strategy(self.lengths, self.config.scale_weight)
 
     @property
     def stored_lengths(self) -> tuple[int, ...]:
@@ -137,7 +181,7 @@ class Run:
 
     def stored_kernel(self) -> Kernel:
         """Of descriptors as stored: a scale weighs what it weighs in full."""
-        return Kernel(self.config.strategy, self.stored_lengths, self.kernel().weights)
+        return replace(self.kernel(), lengths=self.stored_lengths, weight=self.kernel().weights)
 
     def seed(self, *names: str | int) -> int:
         """A seed below 2^63 for one use of randomness, the same wherever it is asked for."""

@@ -34,17 +34,31 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Of one number of a descriptor, by its dtype."""
 
 
-def descriptors(length: int, dtype: str = "float32", *, validation: bool = False) -> pa.Schema:
+def descriptors(length: int, dtype: str = "float32", *, validation: bool = False, votes: int = 0) -> pa.Schema:
     """Schema of descriptor shards: unit-length features z and Fisher scores g per scale, L numbers side by side.
 
     A vector is one value of L numbers' bytes, little-endian: as a list, Parquet would take each int8 for four bytes,
-    have no bfloat16, and write and read 4 to 20 times slower.
+    have no bfloat16, and write and read 4 to 20 times slower. votes: classes that are kept of an image's.
     """
-    vector = pa.binary(length * ITEM_BYTES[dtype])
+    width = length * ITEM_BYTES[dtype]
+    fields = _described({"features": width, "fisher": width}, validation)
+    if votes:
+        fields += [
+            pa.field("vote_classes", pa.list_(pa.int32(), votes), nullable=False),  # most votes first, -1 for none
+            pa.field("vote_shares", pa.list_(pa.float32(), votes), nullable=False),
+        ]
+    return pa.schema(fields)
+
+
+def last_layers(classes: int, inputs: int, *, validation: bool = False) -> pa.Schema:
+    """Schema of last-layer gradients, float32: the slope by the logits (classes,), and the layer's inputs (inputs,)."""
+    return pa.schema(_described({"slope": 4 * classes, "hidden": 4 * inputs}, validation))
+
+
+def _described(vectors: dict[str, int], validation: bool) -> list[pa.Field]:
     fields = [
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("features", vector, nullable=False),
-        pa.field("fisher", vector, nullable=False),
+        *(pa.field(name, pa.binary(width), nullable=False) for name, width in vectors.items()),
         pa.field("predicted", pa.int64(), nullable=False),
         pa.field("estimated_label", pa.int64(), nullable=False),
     ]
@@ -54,9 +68,17 @@ def descriptors(length: int, dtype: str = "float32", *, validation: bool = False
             pa.field("missed", pa.bool_(), nullable=False),
             pa.field("center", pa.bool_(), nullable=False),
         ]
-    return pa.schema(fields)
+    return fields
 
 
+SCORES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("predicted", pa.int64(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+"""Of a strategy by predictions."""
 CANDIDATES = pa.schema(
     [("center_id", pa.string()), ("rank", pa.int32()), ("image_id", pa.string()), ("score", pa.float32())]
 )
@@ -83,6 +105,7 @@ class RoundDir:
         self.number = number
         self.root = store.join(run, "rounds", f"{number:03d}")
         self.descriptors = store.join(self.root, "descriptors")
+        self.labelled = store.join(self.root, "labelled")
         self.validation_parts = store.join(self.root, "validation")
         self.validation = store.join(self.root, "validation.parquet")
         self.directions = store.join(self.root, "pca.parquet")
@@ -94,6 +117,13 @@ class RoundDir:
         self.checkpoint = store.join(self.root, "checkpoint", "model.pt")
         self.training = store.join(self.root, "checkpoint", "training.pt")
         self.metrics = store.join(self.root, "metrics.json")
+
+    def checkpoint_of(self, member: int) -> str:
+        """Of an ensemble's networks; the first is `checkpoint`."""
+        return store.join(self.root, "checkpoint", f"model-{member:02d}.pt") if member else self.checkpoint
+
+    def training_of(self, member: int) -> str:
+        return store.join(self.root, "checkpoint", f"training-{member:02d}.pt") if member else self.training
 
     def rejects(self, split: str) -> str:
         return store.join(self.root, "rejects", split)

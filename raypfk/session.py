@@ -6,11 +6,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
 from raypfk import progress
-from raypfk.errors import UserError
+from raypfk.errors import RunError, UserError
 
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_NO_SIGN_REQUEST")
 """What a cluster's workers are told of the driver's environment. Never a secret: Ray shows it to all who look."""
@@ -104,6 +105,18 @@ def cores() -> int:
     import joblib
 
     return joblib.cpu_count()
+
+
+def result(ref: ray.ObjectRef) -> Any:
+    """What a task returns, or the error that it raised; RunError where Ray lost it."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError | RunError):
+            raise error.cause from None
+        raise RunError(f"a task failed: {type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise RunError(f"a task was lost, again and again: {error}") from error
 
 
 def require(what: str, **wanted: float) -> None:

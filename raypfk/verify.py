@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raypfk import descriptor_files, models, progress, store
+from raypfk import descriptor_files, progress, store
 from raypfk import pool as pools
 from raypfk.errors import UserError
 from raypfk.loop import STAGES
@@ -230,13 +230,14 @@ def _stage(run: Run, number: int, stage: str, pool_ids: pa.Array) -> Problems:
 
 def _extracted(run: Run, number: int, pool_ids: pa.Array) -> Problems:
     """Every pool image is described, rejected, or labelled before: one of them, once."""
-    if run.config.strategy == "random":
+    strategy, files = run.strategy, run.round(number)
+    if strategy.kind == "chance" and not strategy.given:
         return
-    files = run.round(number)
-    validation = run.read(files.validation)["image_id"]
-    yield from _all_once(files.validation, run, "validation", validation, files.rejects("validation"))
-    weights = store.sha256(store.read_bytes(run.round(number - 1).checkpoint))[:16]
-    descriptor_files.read_validation(run, number, weights)
+    if strategy.kind == "kernel" or strategy.given & {"classes", "misses"}:
+        validation = run.read(files.validation)["image_id"]
+        yield from _all_once(files.validation, run, "validation", validation, files.rejects("validation"))
+        weights = store.sha256(store.read_bytes(run.round(number - 1).checkpoint))[:16]
+        descriptor_files.read_validation(run, number, weights)
     described = []
     for shard in run.pool.shards("pool"):
         path = store.join(files.descriptors, shard.name)
@@ -264,7 +265,7 @@ def _all_once(
 
 
 def _scored(run: Run, number: int, pool_ids: pa.Array) -> Problems:
-    if run.config.strategy == "random":
+    if run.strategy.kind != "kernel":
         return
     files = run.round(number)
     table = run.read(files.candidates, CANDIDATES)
@@ -317,7 +318,8 @@ def _labelled(run: Run, number: int, pool_ids: pa.Array) -> Problems:
 
 
 def _trained(run: Run, number: int, pool_ids: pa.Array) -> Problems:
-    models.load(checkpoint_of(run, number), run.round(number).checkpoint)
+    for member in range(run.members):
+        checkpoint_of(run, number, member)
     yield from ()
 
 

@@ -58,7 +58,7 @@ MISTAKES = {
     "two configs": (["run", "a.yaml", "--config", "b.yaml", "--out", "x"], "expected one configuration"),
     "no out": (["run", "{yaml}"], "Missing option '--out'"),
     "absent config": (["run", "nowhere.yaml", "--out", "x"], "nowhere.yaml: cannot be read"),
-    "unknown strategy": (["run", "{yaml}", "--out", "x", "--strategy", "psychic"], "strategy: expected 'pfk'"),
+    "unknown strategy": (["run", "{yaml}", "--out", "x", "--strategy", "psychic"], "strategy: expected badge, bald, "),
     "unknown key": (["run", "{yaml}", "--out", "x", "--set", "train.speed=9"], "train.speed: unknown key"),
     "wrong type": (
         ["run", "{yaml}", "--out", "x", "--set", "train.epochs=many"],

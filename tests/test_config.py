@@ -175,11 +175,16 @@ def test_no_taps(write):
     refused(write(MINIMAL), "model.taps: ", "at least 1 item", assignments=("model.taps=[]",))
 
 
+def test_unknown_strategy(write):
+    """The message lists what there is, and how to name one's own."""
+    refused(write(MINIMAL), "strategy: expected badge, ", "pfk-sum, ", "package.module:function, found 'psychic'",
+            assignments=("strategy=psychic",))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("key", "options"),
     [
-        ("strategy", ("pfk", "pfk-sum", "pcc", "random")),
-        ("label_estimator", ("true", "predicted", "neighbour")),
+        ("label_estimator", ("true", "predicted", "neighbour", "vote", "soft", "mc-trace", "mc-information")),
         ("scale_weight", ("length", "length-squared", "equal")),
         ("oracle", ("simulated", "file")),
         ("train.augment", ("none", "flip", "crop-flip")),
@@ -203,15 +208,22 @@ def test_one_origin_of_the_images(write, data):
     refused(write(MINIMAL.replace("{source: digits}", data)), "run.yaml: data: give either `pool`", "`source`")
 
 
-@pytest.mark.parametrize("source", ["folder", "mnist", "svhn", "cifar10"])
+@pytest.mark.parametrize("source", ["folder", "ilsvrc", "mnist", "svhn", "cifar10"])
 def test_a_source_needs_its_root(write, source):
     refused(write(MINIMAL.replace("digits", source)), f"data: source '{source}' needs `root`", "--set data.root=")
 
 
-def test_roots_of_splits_are_for_folders(write):
-    message = "data: `validation_root`, `test_root` and `by_reference` go with folder, webdataset, parquet"
-    for assignment in ("data.test_root=/test", "data.by_reference=true"):
-        refused(write(MINIMAL), message, assignments=(assignment,))
+@pytest.mark.parametrize("source", ["digits", "ilsvrc"])
+def test_roots_of_splits_are_for_folders(write, source):
+    """Data sets have splits of their own, or none."""
+    message = "data: `validation_root` and `test_root` go with folder, webdataset, parquet, manifest only"
+    refused(write(MINIMAL), message, assignments=(f"data.source={source}", "data.root=/r", "data.test_root=/test"))
+
+
+def test_files_alone_can_be_referred_to(write, minimal):
+    """Arrays in memory lie at no place."""
+    refused(write(MINIMAL), "data: `by_reference` goes with folder,", "ilsvrc", assignments=("data.by_reference=true",))
+    assert minimal("data.source=ilsvrc", "data.root=/r", "data.by_reference=true").data.by_reference
 
 
 @pytest.mark.parametrize("most", ["-1", "1.5", "-0.1"])

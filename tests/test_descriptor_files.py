@@ -71,7 +71,7 @@ def write_raw(run: Run, z: torch.Tensor) -> str:
 
 
 def read(run: Run, path: str) -> Descriptors:
-    return files.read_shard(run, path, run.pool.shards("pool")[0], origin(run))
+    return files.read_shard(run, path, run.pool.shards("pool")[0], origin(run))[1]
 
 
 def write_validation(run: Run, n: int = 30) -> Descriptors:

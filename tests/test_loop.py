@@ -10,7 +10,7 @@ import torch
 
 from raypfk import descriptor_files, loop, models, status, store
 from raypfk.errors import RunError, UserError, WaitingForLabels
-from raypfk.pfk import TopK
+from raypfk.pfk import Descriptors, TopK
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, LABELS, SELECTION, descriptors
 from raypfk.stages import acquire, extract, score
@@ -191,7 +191,8 @@ def test_a_descriptor_shard_that_nobody_sees_stops_the_run(tmp_path):
     lost = store.names(run.round(1).descriptors)[2]
     store.delete(store.join(run.round(1).descriptors, lost))
     with pytest.raises(RunError, match=f"{lost}: absent, though 128 images were described"):
-        extract._complete_empty(run, 1, [], descriptor_files.read_centers(run, 1)[2])
+        origin = descriptor_files.read_centers(run, 1)[2]
+        extract._complete_empty(run, 1, [], extract.describe(run, 1, origin, "neighbour"))
 
 
 def test_a_shard_that_is_lost_or_damaged_is_named_and_alone_made_anew(finished, tmp_path):
@@ -262,20 +263,66 @@ def test_same_seed_same_weights(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "estimator"), [("pcc", "predicted"), ("pfk-sum", "true"), ("random", "neighbour")]
+    ("strategy", "estimator"),
+    [("pcc", "predicted"), ("pfk-sum", "true"), ("pfk", "soft"), ("pfk", "mc-trace"), ("pfk", "mc-information")],
 )
-def test_every_strategy_and_estimator_selects_the_budget(tmp_path, strategy, estimator):
-    """Each strategy and label estimator goes through the same stages; `true` estimates are the hidden labels."""
+def test_every_kernel_and_estimator_selects_the_budget(tmp_path, strategy, estimator):
+    """Each kernel and label estimator goes through the same stages; `true` estimates are the hidden labels."""
     out = str(tmp_path / "run")
     chosen = tiny.select(out, strategy=strategy, label_estimator=estimator)
     assert len(set(chosen)) == 12
     run = Run.open(out)
-    selection = run.read(run.round(1).selection)
-    if strategy == "random":
-        assert selection["center_id"].null_count == 12
-    elif estimator == "true":
+    selection, facts = run.read(run.round(1).selection), run.done(1, "extract")
+    if estimator == "true":
         hidden = run.pool.labels_of(chosen)
         assert selection["estimated_label"].to_pylist() == [hidden[i] for i in chosen]
+    images, pool = run.pool.rows("pool") + run.pool.rows("validation"), run.pool.rows("pool")
+    if estimator.startswith("mc-"):  # 8 samples of each pool image, each with a backward pass for each of 10 classes
+        assert (facts["forward"], facts["backward"]) == (images + 8 * pool, images + 80 * pool)
+    else:
+        assert (facts["forward"], facts["backward"]) == (images, 0 if strategy == "pcc" else images)
+
+
+def test_monte_carlo_samples_are_an_images_own(tmp_path):
+    """Other actors and batch mates: the same labels are estimated by `mc-trace`, from the same samples."""
+    tables = []
+    for name, changes in (("a", {}), ("b", {"data__shard_rows": 300, "resources": {"extract_actors": 1}})):
+        run = tiny.begin(tiny.config(label_estimator="mc-trace", **changes), tmp_path / name)
+        loop.do_stage(run, 1, "extract")
+        paths = store.paths(run.round(1).descriptors, ".parquet")
+        tables.append(pa.concat_tables(run.read(p, columns=["image_id", "estimated_label"]) for p in paths))
+    same = pc.equal(*(t["estimated_label"].combine_chunks() for t in tables))
+    assert tables[0]["image_id"].to_pylist() == tables[1]["image_id"].to_pylist()
+    assert pc.mean(same.cast(pa.int8())).as_py() > 0.99  # a batch's rows are elsewhere, and may round elsewhere
+    assert len(pc.unique(tables[0]["estimated_label"])) > 1
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_votes_weigh_the_scores(tmp_path, power):
+    """`vote`: a candidate's score is the kernel times the share of its 5 neighbours that have the center's class."""
+    out = str(tmp_path / "run")
+    chosen = tiny.select(out, label_estimator="vote", vote={"neighbours": 5, "power": power})
+    assert len(set(chosen)) == 12
+    run = Run.open(out)
+    centers, described, origin = descriptor_files.read_centers(run, 1)
+    pool, ids, shares = [], [], {}
+    for shard in run.pool.shards("pool"):
+        path = store.join(run.round(1).descriptors, shard.name)
+        table, part = descriptor_files.read_shard(run, path, shard, origin)
+        run.read(path, descriptors(80, votes=5))
+        ids += table["image_id"].to_pylist()
+        pool.append(part)
+        for row in table.to_pylist():
+            shares[row["image_id"]] = dict(zip(row["vote_classes"], row["vote_shares"], strict=True))
+    assert all(abs(sum(of.values()) - 1) < 1e-6 for of in shares.values())
+    pool = Descriptors(*map(torch.cat, zip(*pool, strict=True)))
+    row_of, center_of = ({name: i for i, name in enumerate(names)} for names in (ids, centers["image_id"].to_pylist()))
+    labels, candidates = centers["label"].to_pylist(), run.read(run.round(1).candidates).to_pylist()
+    rows = torch.tensor([center_of[c["center_id"]] for c in candidates])
+    scores = run.kernel().pairs(described, pool, rows, torch.tensor([row_of[c["image_id"]] for c in candidates]))
+    for candidate, row, score_ in zip(candidates, rows.tolist(), scores.tolist(), strict=True):
+        share = shares[candidate["image_id"]].get(labels[row], 0.0)
+        assert candidate["score"] == pytest.approx(score_ * share**power, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("candidates", [score._CANDIDATES, 300])

@@ -10,6 +10,7 @@ from torchvision import models as zoo
 
 from raypfk import models
 from raypfk.errors import UserError
+from raypfk.pfk import McDropout
 
 PAPER_LENET_TAPS = ("conv1", "conv2", "fc1")
 META = {"name": "lenet", "channels": 1, "classes": 10, "size": 28, "round": 3, "run": "9f" * 16}
@@ -127,7 +128,7 @@ def test_the_seed_decides_the_weights(name):
 def test_building_leaves_the_global_random_state():
     """So that what else is random in a process does not depend on whether a network was built."""
     state, seed = torch.get_rng_state(), torch.initial_seed()
-    net = models.build("resnet10", 1, 10, 32, seed=7)
+    net = models.build("resnet10", 1, 10, 32, seed=7, dropout=0.5)
     models.replace_last_layer(net, 4, seed=3)
     assert torch.equal(state, torch.get_rng_state())
     assert torch.initial_seed() == seed
@@ -151,6 +152,42 @@ def test_replace_last_layer(name, size, last):
     again = models.replace_last_layer(models.build(name, 3, 4, size, seed=0), 7, seed=5)
     assert same(after, weights(again))
     assert not same(after, weights(models.replace_last_layer(again, 7, seed=6)))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "last"), [("lenet", 28, "fc2"), ("resnet10", 32, "fc"), ("mobilenet_v3_small", 64, "classifier.3")]
+)
+def test_dropout_comes_before_the_last_layer(name, size, last):
+    """Weights, their names and the logits in eval mode are those without it; training drops some of its inputs."""
+    plain, net = (models.build(name, 3, 4, size, seed=0, dropout=p).eval() for p in (0.0, 0.5))
+    assert same(weights(plain), weights(net))
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain(x), net(x))
+    layer, ones = net.get_submodule(last).train(), torch.ones(50, net.get_submodule(last).in_features)
+    nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)
+    assert set(layer(ones)[:, :4].unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_survives_a_new_last_layer(training):
+    """The layer that starts anew has the same share, mode and weights as without dropout."""
+    plain, net = (models.build("lenet", 1, 4, 28, seed=0, dropout=p).train(training) for p in (0.0, 0.25))
+    assert same(*(weights(models.replace_last_layer(it, 7, seed=5)) for it in (plain, net)))
+    dropout = [layer for layer in net.modules() if isinstance(layer, nn.Dropout)]
+    assert [layer.p for layer in dropout] == [0.25]
+    assert all(layer.training == training for layer in net.modules())
+
+
+def test_dropout_is_where_only_the_last_layer_is_run_again():
+    """Monte Carlo dropout finds it, and shares all that comes before."""
+    mc = McDropout(models.build("resnet10", 1, 4, 32, seed=0, dropout=0.5), 9)
+    assert (mc.active, mc.full, mc.partial) == (True, 1, 9)
+    assert not McDropout(models.build("resnet10", 1, 4, 32, seed=0), 9).active
+
+
+def test_dropout_needs_a_linear_last_layer():
+    with pytest.raises(UserError, match=r"squeezenet1_1 has no linear last layer"):
+        models.build("squeezenet1_1", 3, 4, 64, seed=0, dropout=0.5)
 
 
 def test_check_taps_leaves_the_network_as_it_was():

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from ray.train import WorkerGroupError
@@ -14,6 +15,7 @@ from raypfk.config import TrainConfig
 from raypfk.errors import RunError, UserError
 from raypfk.run import Run, open_pool
 from raypfk.stages import train
+from raypfk.stages.evaluate import evaluate
 from tests import tiny
 
 
@@ -70,10 +72,17 @@ def _weights(run, number=1):
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(ray_session, tmp_path, monkeypatch):
-    """Broken off in epoch 3 of 4, epoch 2 is kept; gone on with, it ends with the undisturbed weights, to the bit."""
-    run = tiny.labelled(tmp_path, train__checkpoint_every=10)
-    train.train(run, 1)
+    """Broken off in epoch 3 of 4, epoch 2 is kept; gone on with, it ends with the undisturbed weights, to the bit.
+
+    With dropout, whose masks are an epoch's own; and with the test accuracy after all epochs, of which the last is what
+    evaluation finds.
+    """
+    changes = {"train__checkpoint_every": 10, "train__monitor": True, "model__dropout": 0.5}
+    run = tiny.labelled(tmp_path, **changes)
+    monitored = train.train(run, 1)["monitored"]
     undisturbed = _weights(run)
+    confusion = np.array(evaluate(run, 1)["confusion"])
+    assert len(monitored) == 4 and monitored[-1] == np.diag(confusion).sum() / 200
     store.delete(run.round(1).training)
     epochs, epoch = [], train._epoch
 
@@ -89,25 +98,60 @@ def test_an_interrupted_training_ends_with_the_same_weights(ray_session, tmp_pat
     kept = torch.load(io.BytesIO(store.read_bytes(run.round(1).training)), weights_only=True)
     assert kept["epochs"] == 2
     monkeypatch.setattr(train, "_epoch", lambda *args: epochs.append(args[4]) or epoch(*args))
-    train.train(run, 1)
+    torch.rand(1)  # whatever else is drawn
+    assert train.train(run, 1)["monitored"] == monitored
     assert epochs == [2, 3]
     assert all(torch.equal(value, undisturbed[name]) for name, value in _weights(run).items())
 
 
-def test_streamed_training_sees_every_image(ray_session, tmp_path, monkeypatch):
-    """More data than a worker holds: each epoch streams all labelled images from Ray Data, and learns."""
+@pytest.mark.parametrize("balanced", [False, True])
+def test_streamed_training_sees_every_image(ray_session, tmp_path, monkeypatch, balanced):
+    """More data than a worker holds: each epoch streams all labelled images from Ray Data, and learns; balanced, it
+    shows as many, of every class alike."""
     monkeypatch.setattr(train, "HOLD_BYTES", 0)
-    run = tiny.labelled(tmp_path, budget=60, train__epochs=15)
-    seen, epoch = [], train._epoch
+    run = tiny.labelled(tmp_path, budget=60, train__epochs=15, train__balanced=balanced)
+    seen, rare, epoch = [], [], train._epoch
 
     def counted(job, model, optimizer, batches, *rest):
         parts = list(batches)
         seen.append(sum(len(image) for image, _ in parts))
+        rare.extend(bool(label >= 5) for _, labels in parts for label in labels)
         return epoch(job, model, optimizer, iter(parts), *rest)
 
     monkeypatch.setattr(train, "_epoch", counted)
     facts = train.train(run, 1)
     assert seen == [60] * 15 and facts["loss"] < 2.0
+    bought = np.bincount(run.labelled(2)["label"], minlength=10)
+    share = (bought[5:] > 0).sum() / (bought > 0).sum() if balanced else bought[5:].sum() / 60
+    assert abs(np.mean(rare) - share) < (0.06 if balanced else 1e-9)
+
+
+def test_balanced_drawing_gives_every_class_the_same_chance():
+    """Of 900, 90 and 10 images a third each, with repetition; unbalanced every image once."""
+    label = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([train._shuffled(label, True, generator) for _ in range(10)])
+    assert len(drawn) == 10_000
+    assert (label[drawn].bincount() / 10_000 - 1 / 3).abs().max() < 0.02
+    assert train._shuffled(label, False, generator).sort().values.tolist() == list(range(1000))
+
+
+def test_samples_around_an_image():
+    """`jitter`: turned by up to 5 degrees either way and noise of the deviation asked for, an image's own samples."""
+    generator = torch.Generator().manual_seed(0)
+    image, salts = torch.rand(6, 1, 28, 28, generator=generator), torch.arange(6)
+    sample = augment.jitter(image, salts, 3, 5.0, 0.1)
+    assert torch.equal(sample[2:4], augment.jitter(image[2:4], salts[2:4], 3, 5.0, 0.1))
+    assert not torch.equal(sample, augment.jitter(image, salts, 4, 5.0, 0.1))
+    noise = augment.jitter(torch.zeros(50, 3, 32, 32), torch.arange(50), 0, 5.0, 0.1)
+    assert abs(noise.mean()) < 1e-3 and abs(noise.std() - 0.1) < 1e-3
+    bar = torch.zeros(400, 1, 101, 101)
+    bar[:, :, 50, :] = 1.0  # where the bar meets the right edge, x = 50, tells its angle
+    turned = augment.jitter(bar, torch.arange(400), 0, 5.0, 0.0)[:, 0, :, 90]
+    rise = (turned * torch.arange(101.0)).sum(1) / turned.sum(1) - 50
+    angle = (rise / 40).atan().rad2deg()
+    assert 4.5 < angle.max() < 5.1 and -5.1 < angle.min() < -4.5 and abs(angle.mean()) < 0.5
+    assert torch.allclose(augment.jitter(image, salts, 0, 0.0, 0.0), image, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import io
 
 from matplotlib.figure import Figure
 
-from raypfk import store
+from raypfk import store, strategies
 
 
 def plot_curves(states: list[dict], path: str, title: str) -> None:
@@ -13,7 +13,8 @@ def plot_curves(states: list[dict], path: str, title: str) -> None:
     axes = figure.subplots()
     for state in states:
         rows = [row for row in state["done"] if row["test_accuracy"] is not None]
-        name = state["strategy"] + ("" if state["strategy"] == "random" else f", S={state['label_estimator']}")
+        by_kernel = strategies.named(state["strategy"]).kind == "kernel"
+        name = state["strategy"] + (f", S={state['label_estimator']}" if by_kernel else "")
         axes.plot([r["labelled"] for r in rows], [100 * r["test_accuracy"] for r in rows], marker="o", label=name)
     axes.set(xlabel="labelled images", ylabel="test accuracy, last epoch (%)", title=title)
     axes.grid(alpha=0.3)

@@ -1,7 +1,6 @@
-"""Acquire: P images out of the candidates, each with the center, rank and score that asked for it (4.4, line 10)."""
+"""Acquire: P images, each with what asked for it: the center, rank and score of a kernel (4.4, line 10), or a score."""
 
-import hashlib
-import heapq
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +12,10 @@ from raypfk import pfk, progress, store
 from raypfk.errors import UserError
 from raypfk.pool import Shard
 from raypfk.run import Run
+from raypfk.salts import salts
 from raypfk.schema import CANDIDATES, SELECTION
+from raypfk.stages.best import best, counts, described
+from raypfk.stages.greedy import one_by_one
 from raypfk.stages.score import picks
 
 _READERS = 16
@@ -22,10 +24,7 @@ _READERS = 16
 def acquire(run: Run, round: int) -> dict:
     """Write round `round`'s selection.parquet: P images, fewer only when the pool is exhausted."""
     budget = run.config.budget
-    if run.config.strategy == "random":
-        selection, facts = _random(run, round), {}
-    else:
-        selection, facts = _rank_by_rank(run, round)
+    selection, facts = _ACQUIRE[run.strategy.kind](run, round)
     if selection.num_rows < budget:
         progress.current().say(f"round {round}: the pool is exhausted, {selection.num_rows} of {budget} images left")
     run.write(run.round(round).selection, selection)
@@ -65,13 +64,13 @@ def pick(candidates: pa.Table, budget: int) -> pa.Table:
     )
 
 
-def _with_estimates(run: Run, round: int, picked: pa.Table) -> pa.Table:
-    """The selection: each pick with its position and the label that was estimated for it.
+def _with_estimates(run: Run, round: int, picked: pa.Table, column: str = "estimated_label") -> pa.Table:
+    """The selection: each pick with its position and the label that was estimated for it, or predicted.
 
     UserError for a pick that the pool, or its descriptor shard, does not hold (any more).
     """
     shards = run.pool.locate(picked["image_id"].to_pylist())
-    folder, columns = run.round(round).descriptors, ["image_id", "estimated_label"]
+    folder, columns = run.round(round).descriptors, ["image_id", column]
 
     def read(shard: Shard) -> tuple[pa.Table, pa.Table]:
         described = run.read(store.join(folder, shard.name), columns=columns)
@@ -84,9 +83,16 @@ def _with_estimates(run: Run, round: int, picked: pa.Table) -> pa.Table:
     else:
         pool, described = (pa.concat_tables(tables) for tables in zip(*found, strict=True))
         _row_of(picked["image_id"], pool["image_id"], run.pool.uri)
-        estimates = described["estimated_label"].take(_row_of(picked["image_id"], described["image_id"], folder))
-    table = picked.append_column("position", pa.array(np.arange(picked.num_rows, dtype=np.int32)))
-    return table.append_column("estimated_label", estimates).select(SELECTION.names).cast(SELECTION)
+        estimates = described[column].take(_row_of(picked["image_id"], described["image_id"], folder))
+    return _selection(picked.append_column("estimated_label", estimates))
+
+
+def _selection(picked: pa.Table) -> pa.Table:
+    """In order of choice, with positions; null what the strategy does not say."""
+    columns = {name: picked[name] for name in picked.column_names}
+    columns["position"] = pa.array(np.arange(picked.num_rows, dtype=np.int32))
+    nothing = {f.name: pa.nulls(picked.num_rows, f.type) for f in SELECTION if f.name not in columns}
+    return pa.table(columns | nothing).select(SELECTION.names).cast(SELECTION)
 
 
 def _row_of(ids: pa.ChunkedArray, known: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -96,19 +102,50 @@ def _row_of(ids: pa.ChunkedArray, known: pa.ChunkedArray, where: str) -> pa.Chun
     return rows
 
 
-def _random(run: Run, round: int) -> pa.Table:
-    """P images uniformly: those whose hash with the round's seed is smallest, whatever the order they are met in."""
-    taken = set(run.labelled(round)["image_id"].to_pylist())
-    salt = run.seed("random", round).to_bytes(8)
+def _by_predictions(run: Run, round: int) -> tuple[pa.Table, dict]:
+    """The images of the best scores; for an estimated label they have the class that was predicted."""
 
-    def draws():
-        for shard in run.pool.shards("pool"):
-            for image_id in run.pool.read_shard(shard, ["image_id"])["image_id"].to_pylist():
-                if image_id not in taken:
-                    yield hashlib.blake2b(image_id.encode(), key=salt, digest_size=8).digest(), image_id
+    def read(run: Run, round: int, shard: Shard) -> pa.Table:
+        return run.read(store.join(run.round(round).descriptors, shard.name), columns=["image_id", "score"])
 
-    chosen = [image_id for _, image_id in heapq.nsmallest(run.config.budget, draws())]
-    positions = pa.array(np.arange(len(chosen), dtype=np.int32))
-    columns = {"position": positions, "image_id": pa.array(chosen, pa.string())}
-    nothing = {f.name: pa.nulls(len(chosen), f.type) for f in SELECTION if f.name not in columns}
-    return pa.table({**columns, **nothing}).select(SELECTION.names).cast(SELECTION)
+    chosen = best(run, round, read, lambda table: table["score"].to_numpy().astype(np.float64))
+    return _with_estimates(run, round, chosen, "predicted"), {}
+
+
+def _by_gradients(run: Run, round: int) -> tuple[pa.Table, dict]:
+    chosen, facts = one_by_one(run, round)
+    return _with_estimates(run, round, chosen), facts
+
+
+def _by_chance(run: Run, round: int) -> tuple[pa.Table, dict]:
+    """Images drawn by their own numbers, whatever the order they are met in.
+
+    With weights: who comes first in a race of exponential clocks (Efraimidis and Spirakis, Weighted random sampling
+    with a reservoir, 2006).
+    """
+    seed = run.seed("random", round)
+    if "classes" not in run.strategy.given:
+        taken = set(run.labelled(round)["image_id"].to_pylist())
+
+        def read(run: Run, round: int, shard: Shard) -> pa.Table:
+            table = run.pool.read_shard(shard, ["image_id"])
+            return table.filter(pa.array([i not in taken for i in table["image_id"].to_pylist()], pa.bool_()))
+
+        chosen = best(run, round, read, lambda table: -salts(table["image_id"].to_pylist(), seed).astype(np.float64))
+        return _selection(chosen.drop_columns("score")), {}
+
+    weights = run.strategy(counts(run, round)).numpy()
+
+    def score(table: pa.Table) -> np.ndarray:
+        uniform = (salts(table["image_id"].to_pylist(), seed) + 0.5) / 2.0**64
+        return np.log(uniform) / weights[table["estimated_label"].to_numpy()]
+
+    return _with_estimates(run, round, best(run, round, described, score).drop_columns("score")), {}
+
+
+_ACQUIRE: dict[str, Callable[[Run, int], tuple[pa.Table, dict]]] = {
+    "kernel": _rank_by_rank,
+    "predictions": _by_predictions,
+    "gradients": _by_gradients,
+    "chance": _by_chance,
+}

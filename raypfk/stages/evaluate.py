@@ -7,7 +7,7 @@ from raypfk import progress, store
 from raypfk.run import Run
 from raypfk.stages.stream import Decoder, NetworkSpec, batches, network_of, through_actors
 
-PASSES = ("forward", "backward")
+PASSES = ("forward", "backward", "after_dropout")
 
 
 class Predictor:
@@ -54,5 +54,6 @@ def write_metrics(run: Run, round: int, markers: dict[str, dict]) -> None:
             "seconds": {stage: facts["seconds"] for stage, facts in markers.items()},
             **{p: sum(facts.get(p, 0) for facts in markers.values()) for p in PASSES},
             "train_loss": markers["train"]["loss"],
+            "monitored": markers["train"].get("monitored"),
         },
     )

@@ -1,11 +1,12 @@
-"""Extract: one forward and one partial backward pass per image; descriptor shards out (Algorithm 1, lines 3 to 8).
+"""Extract: what the strategy needs to know of each image; for a kernel one forward and one partial backward pass
+(Algorithm 1, lines 3 to 8).
 
 The validation set first: its misses become the centers, and its features the reference of the label estimator.
 Then the pool, without the images that are labelled already.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -15,165 +16,204 @@ import torch
 from raypfk import descriptor_files, lease, pfk, progress, store
 from raypfk.descriptor_files import Directions, Origin
 from raypfk.errors import RunError
-from raypfk.pfk import Descriptors, Kernel, TapReader
+from raypfk.pfk import Descriptors, LastLayer
 from raypfk.rejects import TooMany
-from raypfk.run import ImageSpec, Run
-from raypfk.schema import descriptors as descriptor_schema
-from raypfk.stages.stream import Decoder, Maybe, NetworkSpec, batches, network_of, rejects_of, through_actors, value
+from raypfk.run import Run
+from raypfk.stages.methods import Describe, Differentiate, Method, Predict
+from raypfk.stages.stream import (
+    Decoder,
+    Maybe,
+    NetworkSpec,
+    batches,
+    network_of,
+    networks_of,
+    rejects_of,
+    through_actors,
+)
+
+REFERRING = ("neighbour", "vote", "soft")
+"""Label estimators that look at the validation set."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What makes an image a descriptor, beside the network.
+class Extractor:
+    """Actor: a shard's decoded images in, one file of the same name written to `out` by the method."""
 
-    estimator: "true", "predicted" or "neighbour". fisher: False leaves the Fisher scores zero and costs no backward.
-    reference: for "neighbour", the validation set's features (M, L) float32 and labels (M,) int64.
-    directions: if given, descriptors are projected on them once the label is estimated.
-    """
-
-    taps: tuple[str, ...]
-    estimator: str
-    fisher: bool
-    batch_size: int
-    image: ImageSpec
-    reference: tuple[Maybe, Maybe] | None = None
-    directions: Directions | None = None
-
-
-class Describer:
-    """Actor: a shard's decoded images in, one descriptor shard of the same name written to `out` as `origin` says."""
-
-    def __init__(self, network: NetworkSpec, recipe: Recipe, out: str, run_id: str, origin: Origin):
-        net, self.device = network.load()
-        self.reader = TapReader(net, recipe.taps)
-        self.recipe, self.out, self.run_id, self.origin = recipe, out, run_id, origin
-        if recipe.reference:
-            self.reference = tuple(torch.from_numpy(value(held).copy()).to(self.device) for held in recipe.reference)
+    def __init__(self, networks: list[NetworkSpec], method: Method, batch_size: int, out: str, run_id: str):
+        self.loaded, self.image = method.load(networks), networks[0].image
+        self.method, self.batch_size, self.out, self.run_id = method, batch_size, out, run_id
 
     def __call__(self, shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         began, rows = time.time(), len(shard["image"])
         if not rows:
             return {"rows": np.empty(0, np.int64), "began": np.empty(0)}
-        parts, start = [], 0
-        for count, x in batches(shard["image"], self.recipe.image, self.recipe.batch_size, self.device):
-            labels = shard["label"][start : start + count] if "label" in shard else None
-            parts.append(self._describe(x, count, labels))
-            start += count
-        z, g, predicted, estimated = (np.concatenate(column) for column in zip(*parts, strict=True))
-        columns = {
-            "image_id": pa.array(shard["image_id"], pa.string()),
-            "predicted": predicted,
-            "estimated_label": estimated,
-        }
-        if "label" in shard:
-            columns["label"] = shard["label"]
-        described = Descriptors(torch.from_numpy(z), torch.from_numpy(g))
-        table = descriptor_files.encode(columns, described, self.origin)
-        descriptor_files.write(store.join(self.out, shard["shard"][0]), table, self.run_id, self.origin)
+        parts, known = [], {name: shard[name] for name in ("image_id", "label") if name in shard}
+        for count, x in batches(shard["image"], self.image, self.batch_size, self.loaded.device):
+            start = len(parts) * self.batch_size
+            parts.append(self.loaded(x, {name: values[start : start + count] for name, values in known.items()}))
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        table = self.method.table(pa.array(shard["image_id"], pa.string()), columns)
+        self.method.write(store.join(self.out, shard["shard"][0]), table, self.run_id)
         return {"rows": np.array([rows]), "began": np.array([began])}
-
-    def _describe(self, x: torch.Tensor, count: int, labels: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """Features and Fisher scores (count, L or fewer), predicted and estimated (count,) of one padded batch."""
-        recipe = self.recipe
-        logits, taps = self.reader(x)
-        lengths = pfk.lengths(taps)
-        z = pfk.standardise(pfk.features(taps), lengths)
-        predicted = pfk.predicted(logits)
-        estimated = predicted
-        if recipe.estimator == "true":
-            estimated = torch.zeros_like(predicted)
-            estimated[:count] = torch.from_numpy(labels.copy()).to(self.device)
-        elif recipe.estimator == "neighbour":
-            estimated, _ = pfk.neighbour(z, *self.reference, Kernel("pcc", lengths, "length"))
-        if recipe.fisher:
-            g = pfk.standardise(pfk.fisher_scores(logits, taps, estimated), lengths)
-        else:
-            g = torch.zeros_like(z)
-        if recipe.directions:
-            z, g = recipe.directions.project(Descriptors(z, g))
-        return tuple(t[:count].detach().cpu().numpy() for t in (z, g, predicted, estimated))
 
 
 def extract(run: Run, round: int) -> dict:
-    """Write round `round`'s validation.parquet and descriptors/. Shards that are there already are not done again."""
-    if run.config.strategy == "random":
+    """Write round `round`'s descriptors/, and what goes with them. Shards that are there already are not done again."""
+    kind = run.strategy.kind
+    if kind == "chance" and not run.strategy.given:
         return {"skipped": "the strategy needs no descriptors", "forward": 0, "backward": 0}
-    network = network_of(run, round - 1)
     facts = {"forward": 0, "backward": 0, "startup_seconds": 0.0}
-    validation, described, full = _validation(run, round, network, facts)
+    _EXTRACT[kind](run, round, facts)
+    return facts
+
+
+def _descriptors(run: Run, round: int, facts: dict) -> None:
+    """Features and Fisher scores: validation.parquet, then the pool's."""
+    networks, estimator = [network_of(run, round - 1)], run.config.label_estimator
+    # Of a validation image the true label is known; weak supervision (`predicted`) assumes only right or wrong.
+    known = "predicted" if estimator == "predicted" else "true"
+    full = descriptor_files.full_origin(run, networks[0].weights)
+    method = describe(run, round, full, known)
+    validation, described = _validation(run, round, networks, method, facts)
+    _count(facts, validation.num_rows, validation.num_rows * method.fisher)
     directions = descriptor_files.fit_directions(run, round, described)
     reference = None
-    if run.config.label_estimator == "neighbour":
+    if estimator in REFERRING:
         reference = ray.put(described.z.numpy()), ray.put(validation["label"].to_numpy())
-    labelled, rejects = run.labelled(round)["image_id"], run.round(round).rejects("pool")
-    columns = ("image_id", "label") if run.config.label_estimator == "true" else ("image_id",)
-    decoder = Decoder(run.pool, run.image, columns, drop=ray.put(labelled.combine_chunks()), rejects=rejects)
-    recipe = recipe_for(run, run.config.label_estimator, reference, directions)
     origin = descriptor_files.stored_origin(run, full, directions)
-    _describe_split(run, "pool", decoder, network, recipe, run.round(round).descriptors, origin, facts)
-    rejected = _complete_empty(run, round, labelled.to_pylist(), origin)
-    facts["forward"] = validation.num_rows + run.pool.rows("pool") - len(labelled) - rejected
-    facts["backward"] = facts["forward"] if recipe.fisher else 0
-    return facts | {"rejected": rejected}
+    method = describe(run, round, origin, estimator, reference, directions)
+    images = _pool(run, round, networks, method, facts, ("label",) if estimator == "true" else ())
+    samples = run.config.monte_carlo.samples if estimator.startswith("mc-") else 0
+    _count(facts, images * (1 + samples), images * (method.fisher + samples * run.classes))
 
 
-def recipe_for(run: Run, estimator: str, reference=None, directions: Directions | None = None) -> Recipe:
-    model, needs_fisher = run.config.model, run.config.strategy != "pcc"
-    return Recipe(tuple(model.taps), estimator, needs_fisher, model.batch_size, run.image, reference, directions)
+def describe(
+    run: Run, round: int, origin: Origin, estimator: str, reference: tuple[Maybe, Maybe] | None = None,
+    directions: Directions | None = None,
+) -> Describe:  # fmt: skip
+    """How the run's images become descriptors, by this label estimator."""
+    config = run.config
+    needs_fisher = run.strategy.kind == "kernel" and run.kernel().name != "pcc"
+    told = (config.vote, config.monte_carlo, run.seed("monte carlo", round))
+    return Describe(origin, tuple(config.model.taps), estimator, needs_fisher, *told, reference, directions)
 
 
-def _validation(run: Run, round: int, network: NetworkSpec, facts: dict) -> tuple[pa.Table, Descriptors, Origin]:
-    """validation.parquet: descriptors of the whole validation set, its misses, and the centers among them."""
-    files = run.round(round)
-    if store.exists(files.validation):
-        return descriptor_files.read_validation(run, round, network.weights)
-    # Of a validation image the true label is known; weak supervision (`predicted`) assumes only right or wrong.
-    estimator = "predicted" if run.config.label_estimator == "predicted" else "true"
-    decoder = Decoder(run.pool, run.image, ("image_id", "label"), rejects=files.rejects("validation"))
-    recipe, origin = recipe_for(run, estimator), descriptor_files.full_origin(run, network.weights)
-    _describe_split(run, "validation", decoder, network, recipe, files.validation_parts, origin, facts)
-    table = pa.concat_tables(run.read(path) for path in store.paths(files.validation_parts, ".parquet"))
-    rejected = sum(store.read_table(p).num_rows for p in store.paths(files.rejects("validation"), ".parquet"))
-    if table.num_rows + rejected != run.pool.rows("validation"):
-        raise RunError(f"{files.validation_parts}: {table.num_rows} of {run.pool.rows('validation')} images are there")
-    table = table.combine_chunks()
+def _gradients(run: Run, round: int, facts: dict) -> None:
+    """The last layer's gradients: of the validation set and of what is labelled, if they are asked for; of the pool."""
+    networks, given = [network_of(run, round - 1)], run.strategy.given
+    method = Differentiate(descriptor_files.full_origin(run, networks[0].weights))
+    if "misses" in given:
+        validation, _ = _validation(run, round, networks, method, facts)
+        _count(facts, validation.num_rows)
+    labelled, files = run.labelled(round)["image_id"], run.round(round)
+    if "labelled" in given and len(labelled):
+        shards, keep = run.pool.locate(labelled.to_pylist()), ray.put(labelled.combine_chunks())
+        decoder = Decoder(run.pool, run.image, keep=keep, rejects=files.rejects("labelled"))
+        actor = {"method": method, "out": files.labelled}
+        _count(facts, _through(run, "pool", shards, decoder, networks, actor, facts, "extract labelled"))
+    _count(facts, _pool(run, round, networks, method, facts))
+
+
+def _predictions(run: Run, round: int, facts: dict) -> None:
+    """A score for each image of the pool, by all members of the ensemble and all passes of dropout."""
+    seeds = tuple(run.seed("dropout", round, member) for member in range(run.members))
+    method = Predict(run.strategy, run.passes.each, seeds)
+    images = _pool(run, round, networks_of(run, round - 1), method, facts) * run.members
+    _count(facts, images * run.passes.full)
+    facts["after_dropout"] = images * run.passes.partial
+
+
+_EXTRACT: dict[str, Callable[[Run, int, dict], None]] = {
+    "kernel": _descriptors,
+    "chance": _descriptors,
+    "gradients": _gradients,
+    "predictions": _predictions,
+}
+
+
+def _count(facts: dict, forward: int, backward: int = 0) -> None:
+    facts["forward"] += forward
+    facts["backward"] += backward
+
+
+def _validation(
+    run: Run, round: int, networks: list[NetworkSpec], method: Describe | Differentiate, facts: dict
+) -> tuple[pa.Table, Descriptors | LastLayer]:
+    """validation.parquet: the vectors of the whole validation set, its misses, and the centers among them."""
+    files, origin = run.round(round), method.origin
+    if not store.exists(files.validation):
+        decoder = Decoder(run.pool, run.image, ("image_id", "label"), rejects=files.rejects("validation"))
+        _split(run, "validation", decoder, networks, method, files.validation_parts, facts)
+        table = pa.concat_tables(run.read(path) for path in store.paths(files.validation_parts, ".parquet"))
+        rejected = sum(store.read_table(p).num_rows for p in store.paths(files.rejects("validation"), ".parquet"))
+        if table.num_rows + rejected != run.pool.rows("validation"):
+            expected = f"{run.pool.rows('validation')} images are there"
+            raise RunError(f"{files.validation_parts}: {table.num_rows} of {expected}")
+        table = _with_centers(run, round, table.combine_chunks(), origin)
+        lease.check(run.uri)  # another driver may be at work on the parts that are deleted here
+        descriptor_files.write(files.validation, table, run.id, origin)
+        store.delete(files.validation_parts)
+    return descriptor_files.read_validation(run, round, networks[0].weights)[:2]
+
+
+def _with_centers(run: Run, round: int, table: pa.Table, origin: Origin) -> pa.Table:
+    """The columns missed and center: which misses the selection must cover."""
     missed = table["predicted"].to_numpy() != table["label"].to_numpy()
     if not missed.any():
         progress.current().say("the model misses no validation image: all of them stand in as centers")
     table = table.append_column("missed", pa.array(missed))
-    centers = choose_centers(run, round, descriptor_files.decode(table, origin), missed)
-    table = table.append_column("center", pa.array(centers))
-    table = table.cast(descriptor_schema(sum(run.lengths), validation=True))
-    lease.check(run.uri)  # another driver may be at work on the parts that are deleted here
-    descriptor_files.write(files.validation, table, run.id, origin)
-    store.delete(files.validation_parts)
-    return descriptor_files.read_validation(run, round, network.weights)
+    wanted = missed if missed.any() else ~missed
+    if run.strategy.kind == "kernel":
+        wanted = choose_centers(run, round, descriptor_files.decode(table, origin), wanted)
+    return table.append_column("center", pa.array(wanted)).cast(origin.schema(validation=True))
 
 
-def choose_centers(run: Run, round: int, validation: Descriptors, missed: np.ndarray) -> np.ndarray:
-    """Mask (M,) of the centers: the misses (all, if there are none); greedy k-center where they exceed P (4.4)."""
-    wanted = np.flatnonzero(missed) if missed.any() else np.arange(len(missed))
-    misses = validation.rows(torch.from_numpy(wanted))
+def choose_centers(run: Run, round: int, validation: Descriptors, wanted: np.ndarray) -> np.ndarray:
+    """Mask (M,) of the centers, from that of the images to choose from: greedy k-center where they exceed P (4.4)."""
+    index = np.flatnonzero(wanted)
+    misses = validation.rows(torch.from_numpy(index))
     chosen = pfk.greedy_k_center(run.kernel(), misses, run.config.budget, run.seed("k-center", round))
-    mask = np.zeros(len(missed), bool)
-    mask[wanted[chosen.numpy()]] = True
+    mask = np.zeros(len(wanted), bool)
+    mask[index[chosen.numpy()]] = True
     return mask
 
 
-def _describe_split(
-    run, split: str, decoder: Decoder, network, recipe: Recipe, out: str, origin: Origin, facts: dict
+def _pool(
+    run: Run, round: int, networks: list[NetworkSpec], method: Method, facts: dict, columns: tuple[str, ...] = ()
+) -> int:
+    """The pool's files, but for what is labelled; how many images they hold. Notes how many were rejected."""
+    files, labelled = run.round(round), run.labelled(round)["image_id"]
+    drop, rejects = ray.put(labelled.combine_chunks()), files.rejects("pool")
+    decoder = Decoder(run.pool, run.image, ("image_id", *columns), drop=drop, rejects=rejects)
+    _split(run, "pool", decoder, networks, method, files.descriptors, facts)
+    facts["rejected"] = _complete_empty(run, round, labelled.to_pylist(), method)
+    return run.pool.rows("pool") - len(labelled) - facts["rejected"]
+
+
+def _split(
+    run: Run, split: str, decoder: Decoder, networks: list[NetworkSpec], method: Method, out: str, facts: dict
 ) -> None:
-    """Describe the shards of a split that `out` has not got yet."""
+    """Extract the shards of a split that `out` has not got yet."""
     _try_again(run, split, decoder.rejects, out)
     there = set(store.names(out, ".parquet"))
     todo = [shard for shard in run.pool.shards(split) if shard.name not in there]
-    actor = {"network": network, "recipe": recipe, "out": out, "run_id": run.id, "origin": origin}
-    start, began = time.time(), []
-    with progress.current().bar(f"extract {split}", sum(s.rows for s in todo), "images") as advance:
-        for done in through_actors(todo, decoder, Describer, actor, run, split):
-            advance(int(done["rows"].sum()))
+    _through(run, split, todo, decoder, networks, {"method": method, "out": out}, facts, f"extract {split}")
+
+
+def _through(
+    run: Run, split: str, shards: list, decoder: Decoder, networks: list[NetworkSpec], actor: dict, facts: dict,
+    name: str,
+) -> int:  # fmt: skip
+    """Shards through `Extractor`s; the images that were in them."""
+    actor |= {"networks": networks, "batch_size": run.config.model.batch_size, "run_id": run.id}
+    start, began, images = time.time(), [], 0
+    with progress.current().bar(name, sum(s.rows for s in shards), "images") as advance:
+        for done in through_actors(shards, decoder, Extractor, actor, run, split):
+            count = int(done["rows"].sum())
+            images += count
+            advance(count)
             began.extend(done["began"])
     facts["startup_seconds"] += round(float(min(began)) - start, 3) if began else 0.0
+    return images
 
 
 def _try_again(run: Run, split: str, rejects: str, out: str) -> None:
@@ -189,8 +229,8 @@ def _try_again(run: Run, split: str, rejects: str, out: str) -> None:
             store.delete(store.join(rejects, name))
 
 
-def _complete_empty(run: Run, round: int, labelled: list[str], origin: Origin) -> int:
-    """The rejects of the pool, counted. A shard without any image left gets an empty descriptor shard: it is done.
+def _complete_empty(run: Run, round: int, labelled: list[str], method: Method) -> int:
+    """The rejects of the pool, counted. A shard without any image left gets an empty file: it is done.
 
     RunError for a shard that is not there though it has images: a worker wrote it where the driver does not see it.
     """
@@ -205,6 +245,5 @@ def _complete_empty(run: Run, round: int, labelled: list[str], origin: Origin) -
         path = store.join(files.descriptors, shard.name)
         if left:
             raise RunError(f"{path}: absent, though {left} images were described; do all nodes share this place?")
-        empty = descriptor_schema(sum(origin.lengths), origin.dtype).empty_table()
-        descriptor_files.write(path, empty, run.id, origin)
+        method.write(path, method.schema.empty_table(), run.id)
     return sum(rejects.values())

@@ -22,13 +22,11 @@ from ray.exceptions import RayActorError
 from raypfk import descriptor_files, pfk, progress, session, store
 from raypfk.descriptor_files import Origin
 from raypfk.errors import RunError
-from raypfk.pfk import Descriptors, Kernel, TopK
+from raypfk.pfk import Descriptors, Kernel, TopK, Votes
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES
+from raypfk.stages.keys import ids_of, keys_of
 
-_SHARD_BITS = 32
-"""A pool image's key: shard number, then row. Shards are in the order of image_id, and so are the keys."""
-_READERS = 16
 _CALLS = 2  # of an actor at once: the shards of one are read while the other's are scored
 _AHEAD = 4  # shards of a call that are read, by each thread that reads, before it needs them
 _SEGMENT = {"cpu": 1 << 12, "cuda": 1 << 16}  # images scored at once, at least: smaller shards are copied together
@@ -38,8 +36,17 @@ _FAN_IN = 8  # parts that one merge takes
 _CANDIDATES = 1 << 24  # of all centers that are looked at together, where K had to grow
 _ATTEMPTS = 4  # at one chunk, where actors die of it
 
-Images = tuple[Descriptors, torch.Tensor]
-"""Descriptors of B images, and their keys (B,) int64."""
+
+class Images(NamedTuple):
+    """B images as scoring takes them."""
+
+    described: Descriptors
+    keys: torch.Tensor
+    """(B,) int64."""
+    votes: tuple[torch.Tensor, torch.Tensor] | None
+    """Classes (B, V) int64 and shares (B, V) float32, where the label estimator keeps them."""
+
+
 Numbered = tuple[int, str]
 """A shard's number and its descriptor file."""
 
@@ -73,12 +80,14 @@ class Scorer:
     """
 
     def __init__(
-        self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int, gpu: bool = False
-    ):
+        self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int, gpu: bool = False,
+        labels: np.ndarray | None = None,
+    ):  # fmt: skip
         self.run, self.kernel, self.origin = run, kernel, origin
         self.shards = run.pool.shards("pool")
         self.device = torch.device("cuda" if gpu else "cpu")
         self.centers = Descriptors(_shared(z), _shared(g)).to(self.device)
+        self.labels = None if labels is None else _shared(labels).to(self.device)
         self.threads, self.readers, self.turn = threads, threads if gpu else 1, threading.Lock()
         self.known, self.best = None, None
 
@@ -108,14 +117,21 @@ class Scorer:
         if floor_M is not None:
             floor = torch.maximum(floor, torch.from_numpy(floor_M.copy()).to(self.device))
         top = TopK(len(centers.z), k, self.device, floor)
-        for pool, keys in _segments(arriving, _SEGMENT[self.device.type]):
-            top.add(self.kernel, centers, pool.to(self.device), keys.to(self.device))
+        for part in _segments(arriving, _SEGMENT[self.device.type]):
+            pool, keys = part.described.to(self.device), part.keys.to(self.device)
+            top.add(self.kernel, centers, pool, keys, self._votes(part, rows))
             images += len(keys)
         self.best.merge(top)
         return _arrays(top), {
             "images": images, "shards": num_shards, "began": began, "floor": self.best.floor().cpu().numpy(),
             "counts": dict(top.counts),
         }  # fmt: skip
+
+    def _votes(self, part: Images, rows: slice) -> Votes | None:
+        if part.votes is None:
+            return None
+        classes, shares = (x.to(self.device) for x in part.votes)
+        return Votes(classes, shares, self.labels[rows], self.run.config.vote.power)
 
     def merge(self, *parts: tuple[np.ndarray, np.ndarray]) -> tuple[tuple, dict]:
         """Several (scores, keys) as one, and its `floor`."""
@@ -136,8 +152,9 @@ class Scorer:
 
     def _read(self, shard: Numbered) -> Images:
         number, path = shard
-        images = descriptor_files.read_shard(self.run, path, self.shards[number], self.origin)
-        return images, (number << _SHARD_BITS) + torch.arange(len(images.z))
+        table, described = descriptor_files.read_shard(self.run, path, self.shards[number], self.origin)
+        keys = keys_of(number, len(described.z))
+        return Images(described, keys, descriptor_files.votes_of(table) if self.origin.votes else None)
 
 
 def _arrays(top: TopK) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +174,7 @@ def _segments(arriving: Iterator[Images], least: int) -> Iterator[Images]:
     held, count = [], 0
     for images in arriving:
         held.append(images)
-        count += len(images[1])
+        count += len(images.keys)
         if count >= least:
             yield _joined(held)
             held, count = [], 0
@@ -168,14 +185,15 @@ def _segments(arriving: Iterator[Images], least: int) -> Iterator[Images]:
 def _joined(held: list[Images]) -> Images:
     if len(held) == 1:
         return held[0]
-    parts, keys = zip(*held, strict=True)
-    return Descriptors(*(torch.cat(x) for x in zip(*parts, strict=True))), torch.cat(keys)
+    described, keys, votes = zip(*held, strict=True)
+    described = Descriptors(*map(torch.cat, zip(*described, strict=True)))
+    return Images(described, torch.cat(keys), votes[0] and tuple(map(torch.cat, zip(*votes, strict=True))))
 
 
 def score(run: Run, round: int) -> dict:
     """Write round `round`'s candidates.parquet: of each center the `top_k` best pool images."""
-    if run.config.strategy == "random":
-        return {"skipped": "the strategy needs no scores"}
+    if run.strategy.kind != "kernel":
+        return {"skipped": "the strategy has no kernel"}
     with Scoring(run, round) as scoring:
         count = scoring.table.num_rows
         # K must at least let every center's share of the budget through.
@@ -198,7 +216,7 @@ def picks(run: Run, round: int, k: int, budget: int) -> pa.Table:
     (chosen,) = parts
     return pa.table(
         {
-            "image_id": _ids(chosen.keys.numpy(), scoring.paths),
+            "image_id": ids_of(chosen.keys.numpy(), scoring.paths),
             "center_id": scoring.table["image_id"].take(pa.array(chosen.centers.numpy())),
             "rank": pa.array(chosen.ranks.numpy().astype(np.int32)),
             "score": pa.array(chosen.scores.numpy()),
@@ -223,7 +241,8 @@ class Scoring:
         count = min(len(self.paths), max(1, count))
         session.require("scoring", CPU=count * threads, GPU=count * gpus)
         z, g = (ray.put(x.numpy()) for x in self.centers)
-        arguments = (self.run, self.run.stored_kernel(), self.origin, z, g, threads, gpus)
+        labels = ray.put(self.table["label"].to_numpy()) if self.origin.votes else None
+        arguments = (self.run, self.run.stored_kernel(), self.origin, z, g, threads, gpus, labels)
         self.actors = [start(*arguments) for _ in range(count)]
         return self
 
@@ -250,11 +269,14 @@ class Scoring:
         return {"images": self.counts["images"], "pairs": pairs, "startup_seconds": startup}
 
 
-def start(run: Run, kernel: Kernel, origin: Origin, z: ray.ObjectRef, g: ray.ObjectRef, threads: int, gpus: float = 0):
-    """A scoring actor."""
-    actor = ray.remote(Scorer)
+def start(
+    run: Run, kernel: Kernel, origin: Origin, z: ray.ObjectRef, g: ray.ObjectRef, threads: int, gpus: float = 0,
+    labels: ray.ObjectRef | None = None,
+):  # fmt: skip
+    """A scoring actor. labels: the centers' classes, which votes are for."""
     options = {"num_cpus": threads, "max_concurrency": _CALLS, "max_restarts": 4, "max_task_retries": 4}
-    return actor.options(num_gpus=gpus or None, **options).remote(run, kernel, origin, z, g, threads, gpus > 0)
+    actor = ray.remote(Scorer).options(num_gpus=gpus or None, **options)
+    return actor.remote(run, kernel, origin, z, g, threads, gpus > 0, labels)
 
 
 def through(
@@ -358,27 +380,7 @@ def candidates_table(top: TopK, centers: pa.Table, paths: list[str]) -> pa.Table
     columns = [
         centers["image_id"].take(pa.array(center)),
         pa.array(rank.astype(np.int32)),
-        _ids(keys, paths),
+        ids_of(keys, paths),
         pa.array(scores[center, rank]),
     ]
     return pa.table(columns, schema=CANDIDATES)
-
-
-def _ids(keys: np.ndarray, paths: list[str]) -> pa.Array:
-    """Image ids of keys, from the shards that hold them."""
-    shard, row = keys >> _SHARD_BITS, keys & ((1 << _SHARD_BITS) - 1)
-    needed, inverse = np.unique(shard, return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    rows = np.split(row[order], np.cumsum(np.bincount(inverse, minlength=len(needed)))[:-1])
-
-    def read(part: tuple[int, np.ndarray]) -> pa.Array:
-        ids = store.read_table(paths[part[0]], ["image_id"])["image_id"].combine_chunks()
-        if part[1].max() >= len(ids):
-            raise RunError(f"{paths[part[0]]}: became shorter while it was scored")
-        return ids.take(pa.array(part[1]))
-
-    with ThreadPoolExecutor(_READERS) as threads:
-        found = list(threads.map(read, zip(needed, rows, strict=True))) if len(needed) else []
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
-    return pa.concat_arrays([pa.array([], pa.string()), *found]).take(pa.array(back))

@@ -16,6 +16,7 @@ import torch
 
 from raypfk import images, isolated, models, session, store
 from raypfk.errors import UserError
+from raypfk.models import Architecture
 from raypfk.pool import Pool, Shard
 from raypfk.rejects import Rejects
 from raypfk.run import ImageSpec, Run
@@ -90,8 +91,7 @@ class Decoder:
 class NetworkSpec:
     """How an actor makes its network: a checkpoint's bytes and where they came from."""
 
-    name: str
-    classes: int
+    architecture: Architecture
     image: ImageSpec
     checkpoint: Maybe
     origin: str
@@ -101,33 +101,39 @@ class NetworkSpec:
     """The first 16 hex digits of the checkpoint's SHA-256."""
 
     def load(self) -> tuple[torch.nn.Module, torch.device]:
-        image = self.image
-        net = models.build(self.name, image.channels, self.classes, image.size, seed=0)
+        net = self.architecture.build()
         state, _ = models.load(value(self.checkpoint), self.origin)
         models.restore(net, state, self.origin)
         device = torch.device("cuda" if self.gpu else "cpu")
         return net.to(device).eval(), device
 
 
+def networks_of(run: Run, round: int) -> list[NetworkSpec]:
+    """The networks that round `round` ended with: one, or an ensemble's. UserError if a checkpoint is another's."""
+    return [_network_of(run, round, member) for member in range(run.members)]
+
+
 def network_of(run: Run, round: int) -> NetworkSpec:
-    """The network that round `round` ended with. UserError if its checkpoint is another run's or network's."""
-    data, origin = checkpoint_of(run, round), run.round(round).checkpoint
+    """The network that stands for the round: the only one, or the first of an ensemble."""
+    return _network_of(run, round, 0)
+
+
+def _network_of(run: Run, round: int, member: int) -> NetworkSpec:
+    data, origin = checkpoint_of(run, round, member), run.round(round).checkpoint_of(member)
     gpu = session.gpus_per_actor(run.config.resources.extract_gpus) > 0
-    weights = store.sha256(data)[:16]
-    return NetworkSpec(run.config.model.name, run.classes, run.image, ray.put(data), origin, gpu, weights)
+    return NetworkSpec(run.architecture, run.image, ray.put(data), origin, gpu, store.sha256(data)[:16])
 
 
-def checkpoint_of(run: Run, round: int) -> bytes:
+def checkpoint_of(run: Run, round: int, member: int = 0) -> bytes:
     """A round's checkpoint file. UserError if it is another run's, round's or network's."""
-    path = run.round(round).checkpoint
+    path = run.round(round).checkpoint_of(member)
     data = store.read_bytes(path)
     weights, meta = models.load(data, path)
     expected = {"run": run.id, "round": round, "name": run.config.model.name, "classes": run.classes}
-    for name, value in expected.items():
-        if meta.get(name) != value:
+    for name, value in {**expected, "member": member}.items():
+        if ({"member": 0} | meta).get(name) != value:
             raise UserError(f"{path}: {name} is {meta.get(name)!r}, expected {value!r} of {run.uri}")
-    image = run.image
-    models.restore(models.build(run.config.model.name, image.channels, run.classes, image.size, 0), weights, path)
+    models.restore(run.architecture.build(), weights, path)
     return data
 
 

@@ -27,6 +27,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from raypfk import augment, models, progress, session, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError
+from raypfk.models import Architecture
 from raypfk.pool import Shard
 from raypfk.rejects import Rejects, TooMany
 from raypfk.run import ImageSpec, Run
@@ -35,6 +36,8 @@ from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise, rej
 ROTATIONS = 4
 HOLD_BYTES = 2 * 1024**3
 """Training images of up to so many bytes, decoded, are held in every worker's memory; more are streamed each epoch."""
+MONITORED = 1024
+"""Test images of a forward pass."""
 SHUFFLE_ROWS = 16384
 """Rows of the local shuffle buffer when streaming."""
 KEEP_SECONDS = 30.0
@@ -42,7 +45,7 @@ KEEP_SECONDS = 30.0
 by nothing it could do at the end: Ray ends a process without a word to the thread that trains in it."""
 
 
-KEPT = ("meta", "epochs", "loss", "net", "optimizer")
+KEPT = ("meta", "epochs", "loss", "monitored", "net", "optimizer")
 """Of an interrupted training."""
 
 
@@ -50,15 +53,13 @@ KEPT = ("meta", "epochs", "loss", "net", "optimizer")
 class Job:
     """What a training worker is told. seed: of the round. start: checkpoint bytes to begin from (by reference).
 
-    classes: outputs of the network; `rotate` learns the rotation instead of a label.
-    hold: the data set fits in memory. partial: where all goes that is needed to go on. output: where the weights go at
-    the end, if anywhere else.
+    rotate: learn the rotation instead of a label. hold: the data set fits in memory. partial: where all goes that is
+    needed to go on. output: where the weights go at the end, if anywhere else.
     """
 
     config: TrainConfig
     image: ImageSpec
-    model: str
-    classes: int
+    architecture: Architecture
     rotate: bool
     seed: int
     start: ray.ObjectRef
@@ -69,19 +70,25 @@ class Job:
 
 
 def pretrain(run: Run, round: int = 0) -> dict:
-    """Write rounds/000's checkpoint: all layers but the last from rotation pretraining, or random weights."""
-    config, image = run.config, run.image
-    net = models.build(config.model.name, image.channels, run.classes, image.size, run.seed("weights"))
+    """Write rounds/000's checkpoint: all layers but the last from rotation pretraining, or random weights.
+
+    Of an ensemble (Beluch et al. 2018) each network: with a last layer of its own, or with weights of its own.
+    """
+    config, files = run.config, run.round(0)
     if config.pretrain is None:
-        store.write_bytes(run.round(0).checkpoint, models.save(net, _meta(run, 0)))
+        for member in range(run.members):
+            net = run.architecture.build(_seed(run, "weights", member=member))
+            store.write_bytes(files.checkpoint_of(member), models.save(net, _meta(run, 0, member)))
         return {"loss": None, "forward": 0, "backward": 0}
+    net = run.architecture.build(run.seed("weights"))
     models.replace_last_layer(net, ROTATIONS, run.seed("rotation layer"))
     rows = run.pool.rows("pool")
     job = _job(run, 0, config.pretrain, rows, models.save(net, _meta(run, 0)))
-    job = replace(job, classes=ROTATIONS, rotate=True, output=None)  # the round's checkpoint has other outputs
-    decoder = Decoder(run.pool, image, rejects=run.round(0).rejects("pool"))
+    turned = replace(run.architecture, classes=ROTATIONS)
+    job = replace(job, architecture=turned, rotate=True, output=None)  # the round's checkpoint has other outputs
+    decoder = Decoder(run.pool, run.image, rejects=files.rejects("pool"))
     images = decoded(_order(run, job, run.pool.shards("pool")), decoder)
-    facts = _fit(run, job, images)
+    facts = _fit(run, job, {"train": images})
     rejects = rejects_of(run, "pool", decoder.rejects)
     try:
         rejects.look()
@@ -89,16 +96,21 @@ def pretrain(run: Run, round: int = 0) -> dict:
         store.delete(job.partial)  # or the next try would find all epochs done
         raise
     models.restore(net, _kept(job)["net"], job.partial)
-    models.replace_last_layer(net, run.classes, run.seed("last layer"))
-    store.write_bytes(run.round(0).checkpoint, models.save(net, _meta(run, 0)))
+    for member in range(run.members):
+        models.replace_last_layer(net, run.classes, _seed(run, "last layer", member=member))
+        store.write_bytes(files.checkpoint_of(member), models.save(net, _meta(run, 0, member)))
     return facts | _passes(config.pretrain.epochs * (rows - rejects.count) * ROTATIONS)
 
 
 def train(run: Run, round: int) -> dict:
-    """Write round `round`'s checkpoint, trained on the labels of rounds 1..round from round-1's weights."""
-    labels = run.labelled(round + 1)
-    job = _job(run, round, run.config.train, labels.num_rows, checkpoint_of(run, round - 1))
-    shards = _order(run, job, run.pool.locate(labels["image_id"].to_pylist()))
+    """Write round `round`'s checkpoint, trained on the labels of rounds 1..round from round-1's weights.
+
+    Of an ensemble each network by itself, in its own order of the images; the facts are the first one's.
+    """
+    labels, config = run.labelled(round + 1), run.config.train
+    members = range(run.members)
+    jobs = [_job(run, round, config, labels.num_rows, checkpoint_of(run, round - 1, i), i) for i in members]
+    shards = _order(run, jobs[0], run.pool.locate(labels["image_id"].to_pylist()))
     wanted, rejects = ray.put(labels["image_id"].combine_chunks()), run.round(round).rejects("train")
     decoder = Decoder(run.pool, run.image, keep=wanted, rejects=rejects)
     # Read and decoded once: the labelled images lie scattered over the pool's shards.
@@ -106,7 +118,14 @@ def train(run: Run, round: int) -> dict:
     count = images.count()
     if count < labels.num_rows:
         _leave_out(run, labels.num_rows, count, rejects)
-    return _fit(run, job, images) | _passes(run.config.train.epochs * count)
+    datasets = {"train": images} | ({"test": _test_images(run, round)} if config.monitor else {})
+    facts = [_fit(run, job, datasets) for job in jobs]
+    return facts[0] | _passes(config.epochs * count * len(jobs))
+
+
+def _test_images(run: Run, round: int) -> ray.data.Dataset:
+    decoder = Decoder(run.pool, run.image, ("image_id", "label"), rejects=run.round(round).rejects("test"))
+    return decoded(run.pool.shards("test"), decoder).materialize()
 
 
 def _leave_out(run: Run, labelled: int, readable: int, folder: str) -> None:
@@ -137,18 +156,25 @@ class _Labels:
         return batch | {"label": np.array([known[i] for i in batch["image_id"]], np.int64)}
 
 
-def _job(run: Run, round: int, config: TrainConfig, rows: int, start: bytes) -> Job:
+def _job(run: Run, round: int, config: TrainConfig, rows: int, start: bytes, member: int = 0) -> Job:
     image, files = run.image, run.round(round)
     return Job(
-        config, image, run.config.model.name, run.classes, False, run.seed("train", round), ray.put(start),
-        rows * image.channels * image.size**2 <= HOLD_BYTES, files.checkpoint, files.training, _meta(run, round),
+        config, image, run.architecture, False, _seed(run, "train", round, member=member), ray.put(start),
+        rows * image.channels * image.size**2 <= HOLD_BYTES, files.checkpoint_of(member), files.training_of(member),
+        _meta(run, round, member),
     )  # fmt: skip
 
 
-def _meta(run: Run, round: int) -> dict:
+def _seed(run: Run, *names: str | int, member: int) -> int:
+    """Of a member of the ensemble: the first has the seed of a network that is alone."""
+    return run.seed(*names, *([member] if member else []))
+
+
+def _meta(run: Run, round: int, member: int = 0) -> dict:
     return {
         "run": run.id,
         "round": round,
+        "member": member,
         "name": run.config.model.name,
         "classes": run.classes,
         "channels": run.image.channels,
@@ -160,7 +186,7 @@ def _passes(images: int) -> dict:
     return {"forward": images, "backward": images}
 
 
-def _fit(run: Run, job: Job, images: ray.data.Dataset) -> dict:
+def _fit(run: Run, job: Job, datasets: dict[str, ray.data.Dataset]) -> dict:
     config = job.config
     trainer = TorchTrainer(
         train_worker,
@@ -172,13 +198,13 @@ def _fit(run: Run, job: Job, images: ray.data.Dataset) -> dict:
         ),
         run_config=RunConfig(
             # Ray Train goes on silently with an earlier run of the same name: one name a round.
-            name=f"{run.id[:12]}-round-{job.meta['round']:03d}",
+            name=f"{run.id[:12]}-round-{job.meta['round']:03d}-{job.meta['member']}",
             storage_path=config.storage or store.join(run.uri, "ray_train"),
             failure_config=FailureConfig(max_failures=3),  # Ray does not count nodes that said they would go
         ),
-        datasets={"train": images},
+        datasets=datasets,
         # Workers that hold the data see all of it and share each batch; streaming ones get equal splits.
-        dataset_config=ray.train.DataConfig(datasets_to_split=[] if job.hold else "all"),
+        dataset_config=ray.train.DataConfig(datasets_to_split=[] if job.hold else ["train"]),
     )
     least = config.min_workers or config.workers
     session.require("training", CPU=least * config.threads, GPU=least * config.gpus_per_worker)
@@ -223,11 +249,12 @@ def _per_worker(config: TrainConfig) -> dict[str, float]:
 def train_worker(settings: dict) -> dict:
     """One Ray Train worker: epochs of SGD over its share of the data; rank 0 keeps the weights.
 
-    Returns the epochs done and the mean loss of the last. A loss that is not finite is for the driver to raise: of what
-    is raised here Ray Train thinks that it may not happen again.
+    Returns the epochs done, the mean loss of the last and, where it is monitored, the test accuracy after each. A loss
+    that is not finite is for the driver to raise: of what is raised here Ray Train thinks that it may not happen again.
     """
     job: Job = settings["job"]
-    with _threads(job.config.threads):  # without workers this is the driver's own process
+    # Without workers this is the driver's own process.
+    with _threads(job.config.threads), torch.random.fork_rng(devices=[]):
         return _train(job)
 
 
@@ -244,7 +271,7 @@ def _threads(count: int) -> Iterator[None]:
 def _train(job: Job) -> dict:
     config, context = job.config, ray.train.get_context()
     net, kept = _start(job)
-    done, loss = kept["epochs"], kept["loss"]
+    done, loss, monitored = kept["epochs"], kept["loss"], kept["monitored"]
     device = get_device() if config.gpus_per_worker else torch.device("cpu")
     model = prepare_model(net.to(device)) if context.get_world_size() > 1 or config.gpus_per_worker else net
     optimizer = torch.optim.SGD(
@@ -252,7 +279,7 @@ def _train(job: Job) -> dict:
     )
     if done:
         optimizer.load_state_dict(kept["optimizer"])
-    data = _held(job) if job.hold else _streamed(job)
+    data, monitor = _held(job) if job.hold else _streamed(job), _monitor(job, device)
     bar = progress.current().bar("pretrain" if job.rotate else "train", config.epochs, "epochs")
     with _Keeper(job, context.get_world_rank() == 0) as keeper, bar as advance:
         advance(done)
@@ -263,9 +290,10 @@ def _train(job: Job) -> dict:
             done += 1
             if not math.isfinite(loss):
                 break
-            keeper.epoch(net, optimizer, done, loss)
+            monitored = [*monitored, *monitor(net)]
+            keeper.epoch(net, optimizer, {"epochs": done, "loss": loss, "monitored": monitored})
             advance(1)  # and nothing to ray.train.report, which takes 2 s an epoch, the period of its controller
-    return {"loss": loss, "epochs": done}
+    return {"loss": loss, "epochs": done} | ({"monitored": monitored} if monitored else {})
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
@@ -283,6 +311,7 @@ def rotations(image_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _epoch(job: Job, model, optimizer, batches: Iterator, epoch: int, device: torch.device) -> float:
     """One pass over the worker's data; the mean loss."""
     model.train()
+    _seed_dropout(job, epoch)
     generator = torch.Generator().manual_seed(job.seed + epoch)
     total, count = torch.zeros((), device=device), 0
     for image, label in batches:
@@ -302,19 +331,46 @@ def _epoch(job: Job, model, optimizer, batches: Iterator, epoch: int, device: to
     return float(sums[0] / sums[1].clamp(min=1))
 
 
+def _seed_dropout(job: Job, epoch: int) -> None:
+    """Masks of dropout: of this epoch and worker, whatever was drawn before."""
+    rank = ray.train.get_context().get_world_rank()
+    torch.manual_seed((job.seed + (rank << 32) + epoch) ^ 0x5DEECE66D)
+
+
+def _monitor(job: Job, device: torch.device):
+    """The network -> [its accuracy on the test set], by the first worker; [] where it is not asked for."""
+    if job.rotate or not job.config.monitor or ray.train.get_context().get_world_rank():
+        return lambda net: []
+    image, label = _all_of("test", "image", "label")
+
+    def accuracy(net: torch.nn.Module) -> list[float]:
+        net.eval()
+        with torch.inference_mode():
+            right = [
+                (net(normalise(x.to(device), job.image)).argmax(1).cpu() == y).sum()
+                for x, y in zip(image.split(MONITORED), label.split(MONITORED), strict=True)
+            ]
+        return [float(sum(right)) / len(label)]
+
+    return accuracy
+
+
+def _all_of(name: str, *columns: str) -> list[torch.Tensor]:
+    """Columns of all of a data set, in the order of image_id whatever order it came in."""
+    parts = list(ray.train.get_dataset_shard(name).iter_batches(batch_size=None))
+    order = np.argsort(np.concatenate([p["image_id"] for p in parts]))
+    return [torch.from_numpy(np.concatenate([p[column] for p in parts])[order]) for column in columns]
+
+
 def _held(job: Job):
-    """All the data in memory, in the order of image_id whatever order it came in; epoch -> its batches."""
-    parts = list(ray.train.get_dataset_shard("train").iter_batches(batch_size=None))
-    ids = np.concatenate([p["image_id"] for p in parts])
-    order = np.argsort(ids)
-    image = torch.from_numpy(np.concatenate([p["image"] for p in parts])[order])
-    none = np.zeros(len(ids), np.int64)
-    label = torch.from_numpy(none if job.rotate else np.concatenate([p["label"] for p in parts])[order])
+    """All the data in memory; epoch -> its batches."""
+    image, *labels = _all_of("train", "image", *([] if job.rotate else ["label"]))
+    label = labels[0] if labels else torch.zeros(len(image), dtype=torch.int64)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
 
     def epoch_batches(epoch: int):
-        shuffled = torch.randperm(len(image), generator=torch.Generator().manual_seed(job.seed + epoch))
+        shuffled = _shuffled(label, job.config.balanced, torch.Generator().manual_seed(job.seed + epoch))
         for rows in _batches_of(shuffled, job.config.batch_size, 2 * world):
             # Every worker has a like share of every batch, or gradient averaging would wait for ever.
             missing = -len(rows) % world
@@ -322,6 +378,14 @@ def _held(job: Job):
             yield image[rows], label[rows]
 
     return epoch_batches
+
+
+def _shuffled(label: torch.Tensor, balanced: bool, generator: torch.Generator) -> torch.Tensor:
+    """As many rows as there are, in random order; balanced: drawn with replacement, each class with the same chance."""
+    if not balanced:
+        return torch.randperm(len(label), generator=generator)
+    weight = 1 / torch.bincount(label).double()[label]
+    return torch.multinomial(weight, len(label), replacement=True, generator=generator)
 
 
 def _batches_of(rows: torch.Tensor, size: int, least: int) -> list[torch.Tensor]:
@@ -338,28 +402,33 @@ def _batches_of(rows: torch.Tensor, size: int, least: int) -> list[torch.Tensor]
 def _streamed(job: Job):
     """Batches straight from Ray Data, shuffled through a seeded buffer; epoch -> its batches.
 
-    Workers get equal splits, so up to `workers` - 1 images sit out an epoch, and a single last row does.
+    Workers get equal splits, so up to `workers` - 1 images sit out an epoch, and a single last row does. Balanced,
+    images are drawn among so many as the buffer holds.
     """
     shard, world = ray.train.get_dataset_shard("train"), ray.train.get_context().get_world_size()
+    size = max(1, job.config.batch_size // world)
+    balanced = job.config.balanced and not job.rotate
 
     def epoch_batches(epoch: int):
+        generator = torch.Generator().manual_seed(job.seed + epoch)
         for batch in shard.iter_batches(
-            batch_size=max(1, job.config.batch_size // world),
+            batch_size=SHUFFLE_ROWS if balanced else size,
             local_shuffle_buffer_size=SHUFFLE_ROWS,
             local_shuffle_seed=(job.seed + epoch) % 2**32,
         ):
-            if len(batch["image"]) == 1 and job.config.batch_size > world:
-                continue
             image = torch.from_numpy(batch["image"].copy())
-            yield image, torch.from_numpy(batch["label"].copy()) if "label" in batch else torch.zeros(len(image))
+            label = torch.from_numpy(batch["label"].copy()) if "label" in batch else torch.zeros(len(image))
+            order = _shuffled(label, True, generator) if balanced else torch.arange(len(image))
+            for rows in order.split(size):
+                if len(rows) > 1 or size == 1:
+                    yield image[rows], label[rows]
 
     return epoch_batches
 
 
 def _start(job: Job) -> tuple[torch.nn.Module, dict]:
     """The network to train and what is kept of an interrupted training of this very round, if there was one."""
-    net = models.build(job.model, job.image.channels, job.classes, job.image.size, seed=0)
-    kept = _kept(job)
+    net, kept = job.architecture.build(), _kept(job)
     if kept["epochs"]:
         models.restore(net, kept["net"], job.partial)
     else:
@@ -372,7 +441,7 @@ def _kept(job: Job) -> dict:
         kept = models.unpack(store.read_bytes(job.partial), job.partial, KEPT)
         if kept["meta"] == job.meta:
             return kept
-    return {"epochs": 0, "loss": None}
+    return {"epochs": 0, "loss": None, "monitored": []}
 
 
 class _Keeper:
@@ -388,14 +457,14 @@ class _Keeper:
     def __exit__(self, *_) -> None:
         self.keep()
 
-    def epoch(self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, epochs: int, loss: float) -> None:
+    def epoch(self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> None:
         if not self._writes:
             return
-        job = self._job
+        job, epochs = self._job, facts["epochs"]
         last = epochs == job.config.epochs
         if last and job.output:
             store.write_bytes(job.output, models.save(net, job.meta))
-        state = {"meta": job.meta, "epochs": epochs, "loss": loss, "net": net.state_dict()}
+        state = {"meta": job.meta, **facts, "net": net.state_dict()}
         self._not_kept = copy.deepcopy(state | {"optimizer": optimizer.state_dict()})  # the next epoch changes them
         if last or epochs % job.config.checkpoint_every == 0 or time.monotonic() - self._last > KEEP_SECONDS:
             self.keep()
