@@ -187,6 +187,14 @@ class UncertaintyConfig(Section):
     """E, networks of an ensemble: all are trained each round, the first is evaluated (Beluch et al. 2018)."""
 
 
+class ElsewhereConfig(Section):
+    """A hybrid: a share of each round's budget that another strategy spends, where the first one does not look."""
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    strategy: str = "random"
+    """A strategy by chance: random, class-balanced, or one's own."""
+
+
 class TrainConfig(Section):
     epochs: Positive
     batch_size: Positive
@@ -267,6 +275,7 @@ class Config(Section):
     train: TrainConfig
     strategy: str = "pfk"
     """One of raypfk/strategies, or one's own as `package.module:function`."""
+    elsewhere: ElsewhereConfig = ElsewhereConfig()
     label_estimator: Literal[ESTIMATORS] = "neighbour"
     vote: VoteConfig = VoteConfig()
     monte_carlo: MonteCarloConfig = MonteCarloConfig()

@@ -13,6 +13,7 @@ from raypfk import store
 from raypfk.errors import UserError
 from raypfk.run import Run
 from raypfk.schema import LABELS, SELECTION
+from raypfk.stages.evaluate import PASSES
 
 ACQUIRING = ("extract", "score", "acquire")
 """The stages of Table 1's column AL; `train` is its other."""
@@ -111,7 +112,7 @@ _HIDDEN = ["image_id", "label"]
 
 def _costs(run: Run, number: int) -> dict:
     markers = {stage: run.done(number, stage) or {} for stage in (*ACQUIRING, "train")}
-    passes = {name: sum(markers[s].get(name, 0) for s in ACQUIRING) for name in ("forward", "backward", "after_dropout")}
+    passes = {name: sum(markers[stage].get(name, 0) for stage in ACQUIRING) for name in PASSES}
     return passes | {
         "train_forward": markers["train"].get("forward"),
         "train_backward": markers["train"].get("backward"),

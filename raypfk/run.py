@@ -136,6 +136,16 @@ class Run:
         if "passes" in self.strategy.given and self.members * self.passes.each < 2:
             wanted = "uncertainty.passes and a network with dropout (model.dropout), or uncertainty.members"
             raise UserError(f"strategy: {self.config.strategy!r} compares predictions of the same image: set {wanted}")
+        self._check_elsewhere()
+
+    def _check_elsewhere(self) -> None:
+        if not (other := self.elsewhere):
+            return
+        if other.kind != "chance":
+            raise UserError(f"elsewhere.strategy: expected random or another by chance, found {other.name!r}")
+        if "classes" in other.given and not (self.strategy.kind == "kernel" or "classes" in self.strategy.given):
+            estimates = f"{self.config.strategy!r} estimates none"
+            raise UserError(f"elsewhere.strategy: {other.name!r} draws by estimated labels, and strategy {estimates}")
 
     @property
     def architecture(self) -> Architecture:
@@ -146,6 +156,16 @@ class Run:
     @cached_property
     def strategy(self) -> Strategy:
         return strategies.named(self.config.strategy)
+
+    @cached_property
+    def elsewhere(self) -> Strategy | None:
+        """What spends a share of the budget beside the strategy, if any of it."""
+        return strategies.named(self.config.elsewhere.strategy) if self.elsewhere_budget else None
+
+    @property
+    def elsewhere_budget(self) -> int:
+        """Images of each round; the strategy chooses `budget` less these."""
+        return round(self.config.elsewhere.share * self.config.budget)
 
     @property
     def members(self) -> int:

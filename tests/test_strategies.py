@@ -255,6 +255,31 @@ def test_classes_have_the_same_chance(pool, tmp_path):
     assert shares["class-balanced"] > 0.35 > 0.25 > shares["random"]
 
 
+def test_a_hybrid_spends_a_share_elsewhere(pool, tmp_path):
+    """9 of 12 images are those of `pfk` with a budget of 9, then 3 others at random, which no center asked for."""
+    alone = select(start(pool, tmp_path / "alone", "pfk", budget=9))
+    run = start(pool, tmp_path / "run", "pfk", elsewhere={"share": 0.25})
+    chosen = select(run)
+    table = run.read(run.round(1).selection, SELECTION)
+    assert chosen[:9] == alone and len(set(chosen)) == 12
+    assert table["center_id"].is_null().to_pylist() == table["score"].is_null().to_pylist() == [False] * 9 + [True] * 3
+    assert not table["estimated_label"].null_count
+    loop.do_stage(run, 1, "label")
+    assert verify(run.uri) == []
+
+
+@pytest.mark.parametrize(
+    "strategy, elsewhere, message",
+    [
+        ("pfk", "margin", "expected random or another by chance, found 'margin'"),
+        ("margin", "class-balanced", "strategy 'margin' estimates none"),
+    ],
+)
+def test_a_hybrid_that_cannot_be_is_refused(pool, tmp_path, strategy, elsewhere, message):
+    with pytest.raises(UserError, match=message):
+        start(pool, tmp_path / "run", strategy, elsewhere={"share": 0.25, "strategy": elsewhere})
+
+
 def test_scores_come_from_the_masks_of_each_image(pool, tmp_path):
     """A score of `variation-ratio` is that of McDropout's logits with the image's own salt."""
     run = start(pool, tmp_path / "run", "variation-ratio")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from raypfk.pfk.draws import uniform
-from raypfk.pfk.kernel import _fixed_order_sum
+from raypfk.pfk.sums import fold_
 
 AT_ONCE, GROWTH = 64, 8  # images brought up to date before it is asked whether more must be, and how many more then
 TILE = 1024  # images, or chosen ones, of one block
@@ -346,7 +346,7 @@ def _exact_products(a: Vectors, b: Vectors, rows: Tensor, cols: Tensor) -> Tenso
     """Inner products (E,) float64 of a[rows[e]] and b[cols[e]], summed in fixed order."""
     size = max(1, NUMBERS // max(x.shape[1] for x in a))
     products = [
-        reduce(torch.mul, (_fixed_order_sum(x[r].double().mul_(y[c])) for x, y in zip(a, b, strict=True)))
+        reduce(torch.mul, (fold_(x[r].double().mul_(y[c]), 1) for x, y in zip(a, b, strict=True)))
         for r, c in zip(rows.split(size), cols.split(size), strict=True)
     ]
     return torch.cat(products)

@@ -16,6 +16,7 @@ from torch import Tensor
 from raypfk.pfk import fused, loops
 from raypfk.pfk.descriptors import check_lengths
 from raypfk.pfk.loops import MAX_LENGTH
+from raypfk.pfk.sums import fold_
 
 KernelName = Literal["pcc", "pfk", "pfk-sum"]
 WeightKind = Literal["length", "length-squared", "equal"]
@@ -185,7 +186,7 @@ class Kernel:
 
     def _correlations(self, a_ML: Tensor, b_BL: Tensor, rows: Tensor, cols: Tensor) -> list[Tensor]:
         products_QL = a_ML.index_select(0, rows).double().mul_(b_BL.index_select(0, cols))
-        return [_fixed_order_sum(products_QL[:, span]) for span in self.spans]
+        return [fold_(products_QL[:, span], 1) for span in self.spans]
 
     def error_bound(self) -> float:
         """A bound on |float32 `block` - exact score, rounded to float32| for standardised descriptors.
@@ -258,13 +259,3 @@ def _sampled(a_ML: Tensor, b_BL: Tensor, spans: list[slice], rows: Tensor, cols:
             wanted = torch.sparse_csr_tensor(starts, rows[order], zeros_Q, shape, check_invariants=False)
             out_Q[order] = torch.sparse.sampled_addmm(wanted, b_Hl, a_Ml.T, beta=0.0).values()
     return out_SQ
-
-
-def _fixed_order_sum(x_Ql: Tensor) -> Tensor:
-    # Folds the right half onto the left. torch.sum may order its sum by the shape; these elementwise sums cannot.
-    n = x_Ql.shape[1]
-    while n > 1:
-        half = (n + 1) // 2
-        x_Ql[:, : n - half] += x_Ql[:, half:n]
-        n = half
-    return x_Ql[:, 0]

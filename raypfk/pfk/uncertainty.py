@@ -12,6 +12,8 @@ Shapes: T passes, N images, D classes.
 import torch
 from torch import Tensor
 
+from raypfk.pfk.sums import fold_
+
 
 def variation_ratio(logits_TND: Tensor) -> Tensor:
     """1 - f / T, f the number of passes that vote for the modal class (Freeman 1965; Beluch et al. 2018): 0..1 - 1/T.
@@ -91,9 +93,4 @@ def _without_largest(p_ND: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, dim: int) -> Tensor:
-    # Folds the second half onto the first. torch.sum may order its sum by the shape; these elementwise sums cannot.
-    x = x.movedim(dim, 0)
-    while len(x) > 1:
-        half = (len(x) + 1) // 2
-        x = torch.cat([x[: len(x) - half] + x[half:], x[len(x) - half : half]])
-    return x[0]
+    return fold_(x.clone(), dim)

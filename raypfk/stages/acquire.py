@@ -6,39 +6,47 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 import torch
 
 from raypfk import pfk, progress, store
 from raypfk.errors import UserError
 from raypfk.pool import Shard
 from raypfk.run import Run
-from raypfk.salts import salts
 from raypfk.schema import CANDIDATES, SELECTION
 from raypfk.stages.best import best, counts, described
 from raypfk.stages.greedy import one_by_one
 from raypfk.stages.score import picks
+from raypfk.stages.stream import value
+from raypfk.strategies import Strategy
 
 _READERS = 16
 
 
 def acquire(run: Run, round: int) -> dict:
-    """Write round `round`'s selection.parquet: P images, fewer only when the pool is exhausted."""
-    budget = run.config.budget
-    selection, facts = _ACQUIRE[run.strategy.kind](run, round)
-    if selection.num_rows < budget:
-        progress.current().say(f"round {round}: the pool is exhausted, {selection.num_rows} of {budget} images left")
-    run.write(run.round(round).selection, selection)
-    return {"selected": selection.num_rows, **facts}
+    """Write round `round`'s selection.parquet: P images, fewer only when the pool is exhausted.
+
+    With `elsewhere`, its share of them is drawn from what the strategy left.
+    """
+    budget, other = run.config.budget, run.elsewhere_budget
+    chosen, facts = _ACQUIRE[run.strategy.kind](run, round, budget - other)
+    if other:
+        drawn = _drawn(run, round, run.elsewhere, other, chosen["image_id"])
+        chosen, facts = pa.concat_tables([chosen, drawn], promote_options="default"), facts | {"elsewhere": len(drawn)}
+    if len(chosen) < budget:
+        progress.current().say(f"round {round}: the pool is exhausted, {len(chosen)} of {budget} images left")
+    run.write(run.round(round).selection, _selection(_with_estimates(run, round, chosen)))
+    return {"selected": len(chosen), **facts}
 
 
-def _rank_by_rank(run: Run, round: int) -> tuple[pa.Table, dict]:
+def _rank_by_rank(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
     """Rank by rank over the candidates; where they run out, K grows and the pool is scanned again."""
-    scored, budget, rescans = run.done(round, "score"), run.config.budget, 0
-    picked, k = pick(run.read(run.round(round).candidates, CANDIDATES), budget), scored["k"]
-    while picked.num_rows < budget and k < scored["images"]:
-        k, rescans = scored["images"] if budget >= scored["images"] else min(4 * k, scored["images"]), rescans + 1
-        picked = picks(run, round, k, budget)
-    return _with_estimates(run, round, picked), {"k": k, "rescans": rescans}
+    scored, rescans = run.done(round, "score"), 0
+    picked, k = pick(run.read(run.round(round).candidates, CANDIDATES), count), scored["k"]
+    while picked.num_rows < count and k < scored["images"]:
+        k, rescans = scored["images"] if count >= scored["images"] else min(4 * k, scored["images"]), rescans + 1
+        picked = picks(run, round, k, count)
+    return picked, {"k": k, "rescans": rescans}
 
 
 def pick(candidates: pa.Table, budget: int) -> pa.Table:
@@ -64,11 +72,18 @@ def pick(candidates: pa.Table, budget: int) -> pa.Table:
     )
 
 
-def _with_estimates(run: Run, round: int, picked: pa.Table, column: str = "estimated_label") -> pa.Table:
-    """The selection: each pick with its position and the label that was estimated for it, or predicted.
+_ESTIMATES = {"kernel": "estimated_label", "gradients": "estimated_label", "predictions": "predicted"}
+"""What stands for a label in a kind's descriptor shards."""
+
+
+def _with_estimates(run: Run, round: int, picked: pa.Table) -> pa.Table:
+    """The picks with the label that was estimated for each, or predicted; null where nothing was.
 
     UserError for a pick that the pool, or its descriptor shard, does not hold (any more).
     """
+    column = "estimated_label" if "classes" in run.strategy.given else _ESTIMATES.get(run.strategy.kind)
+    if not column:
+        return picked
     shards = run.pool.locate(picked["image_id"].to_pylist())
     folder, columns = run.round(round).descriptors, ["image_id", column]
 
@@ -84,7 +99,7 @@ def _with_estimates(run: Run, round: int, picked: pa.Table, column: str = "estim
         pool, described = (pa.concat_tables(tables) for tables in zip(*found, strict=True))
         _row_of(picked["image_id"], pool["image_id"], run.pool.uri)
         estimates = described[column].take(_row_of(picked["image_id"], described["image_id"], folder))
-    return _selection(picked.append_column("estimated_label", estimates))
+    return picked.append_column("estimated_label", estimates)
 
 
 def _selection(picked: pa.Table) -> pa.Table:
@@ -102,50 +117,49 @@ def _row_of(ids: pa.ChunkedArray, known: pa.ChunkedArray, where: str) -> pa.Chun
     return rows
 
 
-def _by_predictions(run: Run, round: int) -> tuple[pa.Table, dict]:
-    """The images of the best scores; for an estimated label they have the class that was predicted."""
+def _by_predictions(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
+    """The images of the best scores."""
 
     def read(run: Run, round: int, shard: Shard) -> pa.Table:
         return run.read(store.join(run.round(round).descriptors, shard.name), columns=["image_id", "score"])
 
-    chosen = best(run, round, read, lambda table: table["score"].to_numpy().astype(np.float64))
-    return _with_estimates(run, round, chosen, "predicted"), {}
+    def score(table: pa.Table, _own: np.ndarray) -> np.ndarray:
+        return table["score"].to_numpy().astype(np.float64)
+
+    return best(run, round, read, score, count, run.seed("ties", round)), {}
 
 
-def _by_gradients(run: Run, round: int) -> tuple[pa.Table, dict]:
-    chosen, facts = one_by_one(run, round)
-    return _with_estimates(run, round, chosen), facts
+def _by_chance(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
+    return _drawn(run, round, run.strategy, count), {}
 
 
-def _by_chance(run: Run, round: int) -> tuple[pa.Table, dict]:
-    """Images drawn by their own numbers, whatever the order they are met in.
+def _drawn(run: Run, round: int, strategy: Strategy, count: int, taken: pa.ChunkedArray | None = None) -> pa.Table:
+    """Ids drawn by the images' own numbers, whatever the order they are met in, from what is not labelled or `taken`.
 
     With weights: who comes first in a race of exponential clocks (Efraimidis and Spirakis, Weighted random sampling
     with a reservoir, 2006).
     """
-    seed = run.seed("random", round)
-    if "classes" not in run.strategy.given:
-        taken = set(run.labelled(round)["image_id"].to_pylist())
+    ids = [*run.labelled(round)["image_id"].chunks, *(taken.chunks if taken is not None else [])]
+    out, by_class = ray.put(pa.concat_arrays([pa.array([], pa.string()), *ids])), "classes" in strategy.given
 
-        def read(run: Run, round: int, shard: Shard) -> pa.Table:
-            table = run.pool.read_shard(shard, ["image_id"])
-            return table.filter(pa.array([i not in taken for i in table["image_id"].to_pylist()], pa.bool_()))
+    def read(run: Run, round: int, shard: Shard) -> pa.Table:
+        table = described(run, round, shard) if by_class else run.pool.read_shard(shard, ["image_id"])
+        return table.filter(pc.invert(pc.is_in(table["image_id"], value(out))))
 
-        chosen = best(run, round, read, lambda table: -salts(table["image_id"].to_pylist(), seed).astype(np.float64))
-        return _selection(chosen.drop_columns("score")), {}
+    weights = strategy(counts(run, round, read)).numpy() if by_class else None
 
-    weights = run.strategy(counts(run, round)).numpy()
+    def score(table: pa.Table, own: np.ndarray) -> np.ndarray:
+        if weights is None:
+            return np.zeros(len(own))  # all are equal: their own numbers decide
+        return np.log((own + 0.5) / 2.0**64) / weights[table["estimated_label"].to_numpy()]
 
-    def score(table: pa.Table) -> np.ndarray:
-        uniform = (salts(table["image_id"].to_pylist(), seed) + 0.5) / 2.0**64
-        return np.log(uniform) / weights[table["estimated_label"].to_numpy()]
-
-    return _with_estimates(run, round, best(run, round, described, score).drop_columns("score")), {}
+    return best(run, round, read, score, count, run.seed("random", round)).drop_columns("score")
 
 
-_ACQUIRE: dict[str, Callable[[Run, int], tuple[pa.Table, dict]]] = {
+_ACQUIRE: dict[str, Callable[[Run, int, int], tuple[pa.Table, dict]]] = {
     "kernel": _rank_by_rank,
     "predictions": _by_predictions,
-    "gradients": _by_gradients,
+    "gradients": one_by_one,
     "chance": _by_chance,
 }
+"""So many picks of a round, image_id and what else SELECTION has of them; and facts for the marker."""

@@ -13,28 +13,29 @@ from raypfk.pool import Shard
 from raypfk.run import Run
 from raypfk.salts import salts
 
+_SCORED = pa.schema([("image_id", pa.string()), ("score", pa.float64()), ("own", pa.uint64())])
 _CHUNKS = 4
 """Tasks for each CPU: enough that the last ones end together."""
 Read = Callable[[Run, int, Shard], pa.Table]
 """Of a shard the ids, `image_id` string, and what else the scores are made of."""
-Score = Callable[[pa.Table], np.ndarray]
-"""(N,) float64 of a table's images; NaN comes last."""
+Score = Callable[[pa.Table, np.ndarray], np.ndarray]
+"""(table, the images' own numbers (N,) uint64) -> (N,) float64; NaN comes last."""
 
 
-def best(run: Run, round: int, read: Read, score: Score) -> pa.Table:
-    """(image_id, score) of at most P images, in order: by score descending, of equals as the seed draws them."""
-    job = _Job(run, round, read, score)
-    table = pa.table({"image_id": pa.array([], pa.string()), "score": pa.array([], pa.float64())})
+def best(run: Run, round: int, read: Read, score: Score, count: int, seed: int) -> pa.Table:
+    """(image_id, score) of at most `count` images, in order: by score descending, of equals as the seed draws them."""
+    job = _Job(run, round, read, score, count, seed)
+    table = _SCORED.empty_table()
     for part in _each(lambda shards: job.of(shards), run.pool.shards("pool")):
         table = job.first(pa.concat_tables([table, part]))
-    return table
+    return table.drop_columns("own")
 
 
-def counts(run: Run, round: int) -> torch.Tensor:
-    """The pool's images (D,) int64 of each class, as the label estimator has it."""
+def counts(run: Run, round: int, read: Read) -> torch.Tensor:
+    """Images (D,) int64 of each class, as the label estimator has it, of what is read."""
 
     def of(shards: list[Shard]) -> np.ndarray:
-        tables = (described(run, round, shard) for shard in shards)
+        tables = (read(run, round, shard) for shard in shards)
         return sum(np.bincount(table["estimated_label"], minlength=run.classes) for table in tables)
 
     return torch.from_numpy(sum(_each(of, run.pool.shards("pool"))))
@@ -59,15 +60,20 @@ class _Job:
     round: int
     read: Read
     score: Score
+    count: int
+    seed: int
 
     def of(self, shards: list[Shard]) -> pa.Table:
-        tables = [self.read(self.run, self.round, shard) for shard in shards]
-        scored = [pa.table({"image_id": t["image_id"], "score": self.score(t)}) for t in tables]
-        return self.first(pa.concat_tables(scored).replace_schema_metadata())
+        return self.first(pa.concat_tables(self.scored(shard) for shard in shards))
+
+    def scored(self, shard: Shard) -> pa.Table:
+        """(image_id, score, own) of a shard, own: each image's own number."""
+        table = self.read(self.run, self.round, shard)
+        own = salts(table["image_id"].to_pylist(), self.seed)
+        return pa.table({"image_id": table["image_id"], "score": self.score(table, own), "own": own})
 
     def first(self, table: pa.Table) -> pa.Table:
-        """The P best rows, each image's own number deciding between equals, and its id between equals in that."""
+        """The best rows, each image's own number deciding between equals, and its id between equals in that."""
         score = np.nan_to_num(table["score"].to_numpy(), nan=-np.inf)
-        own = salts(table["image_id"].to_pylist(), self.run.seed("ties", self.round))
-        order = np.lexsort((table["image_id"].to_numpy(), own, -score))
-        return table.take(pa.array(order[: self.run.config.budget]))
+        order = np.lexsort((table["image_id"].to_numpy(), table["own"].to_numpy(), -score))
+        return table.take(pa.array(order[: self.count]))

@@ -17,6 +17,7 @@ from raypfk import descriptor_files, lease, pfk, progress, store
 from raypfk.descriptor_files import Directions, Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, LastLayer
+from raypfk.pool import Shard
 from raypfk.rejects import TooMany
 from raypfk.run import Run
 from raypfk.stages.methods import Describe, Differentiate, Method, Predict
@@ -108,8 +109,8 @@ def _gradients(run: Run, round: int, facts: dict) -> None:
     if "labelled" in given and len(labelled):
         shards, keep = run.pool.locate(labelled.to_pylist()), ray.put(labelled.combine_chunks())
         decoder = Decoder(run.pool, run.image, keep=keep, rejects=files.rejects("labelled"))
-        actor = {"method": method, "out": files.labelled}
-        _count(facts, _through(run, "pool", shards, decoder, networks, actor, facts, "extract labelled"))
+        rejected = _missing(run, "pool", shards, decoder, networks, method, files.labelled, facts)
+        _count(facts, len(labelled) - rejected)
     _count(facts, _pool(run, round, networks, method, facts))
 
 
@@ -142,9 +143,9 @@ def _validation(
     files, origin = run.round(round), method.origin
     if not store.exists(files.validation):
         decoder = Decoder(run.pool, run.image, ("image_id", "label"), rejects=files.rejects("validation"))
-        _split(run, "validation", decoder, networks, method, files.validation_parts, facts)
+        shards = run.pool.shards("validation")
+        rejected = _missing(run, "validation", shards, decoder, networks, method, files.validation_parts, facts)
         table = pa.concat_tables(run.read(path) for path in store.paths(files.validation_parts, ".parquet"))
-        rejected = sum(store.read_table(p).num_rows for p in store.paths(files.rejects("validation"), ".parquet"))
         if table.num_rows + rejected != run.pool.rows("validation"):
             expected = f"{run.pool.rows('validation')} images are there"
             raise RunError(f"{files.validation_parts}: {table.num_rows} of {expected}")
@@ -171,7 +172,8 @@ def choose_centers(run: Run, round: int, validation: Descriptors, wanted: np.nda
     """Mask (M,) of the centers, from that of the images to choose from: greedy k-center where they exceed P (4.4)."""
     index = np.flatnonzero(wanted)
     misses = validation.rows(torch.from_numpy(index))
-    chosen = pfk.greedy_k_center(run.kernel(), misses, run.config.budget, run.seed("k-center", round))
+    most = run.config.budget - run.elsewhere_budget
+    chosen = pfk.greedy_k_center(run.kernel(), misses, most, run.seed("k-center", round))
     mask = np.zeros(len(wanted), bool)
     mask[index[chosen.numpy()]] = True
     return mask
@@ -184,36 +186,30 @@ def _pool(
     files, labelled = run.round(round), run.labelled(round)["image_id"]
     drop, rejects = ray.put(labelled.combine_chunks()), files.rejects("pool")
     decoder = Decoder(run.pool, run.image, ("image_id", *columns), drop=drop, rejects=rejects)
-    _split(run, "pool", decoder, networks, method, files.descriptors, facts)
+    _missing(run, "pool", run.pool.shards("pool"), decoder, networks, method, files.descriptors, facts)
     facts["rejected"] = _complete_empty(run, round, labelled.to_pylist(), method)
     return run.pool.rows("pool") - len(labelled) - facts["rejected"]
 
 
-def _split(
-    run: Run, split: str, decoder: Decoder, networks: list[NetworkSpec], method: Method, out: str, facts: dict
-) -> None:
-    """Extract the shards of a split that `out` has not got yet."""
+def _missing(
+    run: Run, split: str, shards: list[Shard], decoder: Decoder, networks: list[NetworkSpec], method: Method, out: str,
+    facts: dict,
+) -> int:  # fmt: skip
+    """Extract those shards of a split that `out` has not got yet; how many images of all were rejected."""
     _try_again(run, split, decoder.rejects, out)
     there = set(store.names(out, ".parquet"))
-    todo = [shard for shard in run.pool.shards(split) if shard.name not in there]
-    _through(run, split, todo, decoder, networks, {"method": method, "out": out}, facts, f"extract {split}")
-
-
-def _through(
-    run: Run, split: str, shards: list, decoder: Decoder, networks: list[NetworkSpec], actor: dict, facts: dict,
-    name: str,
-) -> int:  # fmt: skip
-    """Shards through `Extractor`s; the images that were in them."""
-    actor |= {"networks": networks, "batch_size": run.config.model.batch_size, "run_id": run.id}
-    start, began, images = time.time(), [], 0
-    with progress.current().bar(name, sum(s.rows for s in shards), "images") as advance:
-        for done in through_actors(shards, decoder, Extractor, actor, run, split):
-            count = int(done["rows"].sum())
-            images += count
-            advance(count)
+    todo = [shard for shard in shards if shard.name not in there]
+    actor = {"networks": networks, "method": method, "batch_size": run.config.model.batch_size}
+    actor |= {"out": out, "run_id": run.id}
+    start, began = time.time(), []
+    with progress.current().bar(f"extract {split}", sum(s.rows for s in todo), "images") as advance:
+        for done in through_actors(todo, decoder, Extractor, actor, run, split):
+            advance(int(done["rows"].sum()))
             began.extend(done["began"])
     facts["startup_seconds"] += round(float(min(began)) - start, 3) if began else 0.0
-    return images
+    rejects = rejects_of(run, split, decoder.rejects)
+    rejects.look()
+    return rejects.count
 
 
 def _try_again(run: Run, split: str, rejects: str, out: str) -> None:

@@ -59,8 +59,8 @@ class Holder:
         return Answer(self.known, self.part.propose())
 
 
-def one_by_one(run: Run, round: int) -> tuple[pa.Table, dict]:
-    """(image_id, score) of at most P images, in order of choice; and facts for the marker."""
+def one_by_one(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
+    """(image_id, score) of at most `count` images, in order of choice; and facts for the marker."""
     numbers = list(range(len(run.pool.shards("pool"))))
     wanted = min(run.config.resources.score_actors or session.cpus(), len(numbers))
     session.require("choosing", CPU=wanted)
@@ -70,7 +70,7 @@ def one_by_one(run: Run, round: int) -> tuple[pa.Table, dict]:
     shares = [numbers[i::wanted] for i in range(wanted)]
     holders = [actor.remote(run, round, origin, share, given) for share in shares]
     try:
-        chosen = _choose(holders, run.config.budget)
+        chosen = _choose(holders, count)
     finally:
         for holder in holders:
             ray.kill(holder)
@@ -81,11 +81,11 @@ def one_by_one(run: Run, round: int) -> tuple[pa.Table, dict]:
     return pa.table({"image_id": ids, "score": score}), {"holders": wanted}
 
 
-def _choose(holders: list, budget: int) -> list[Proposal]:
-    """At most `budget` choices: always the best that any holder proposes."""
+def _choose(holders: list, count: int) -> list[Proposal]:
+    """At most `count` choices: always the best that any holder proposes."""
     chosen, known = [], [0] * len(holders)
-    with progress.current().bar("acquire", budget, "images") as advance:
-        while len(chosen) < budget:
+    with progress.current().bar("acquire", count, "images") as advance:
+        while len(chosen) < count:
             proposal = best(_proposals(holders, known, chosen))
             if proposal is None:
                 break
