@@ -42,7 +42,7 @@ STAGES = ("extract", "score", "acquire")
 def main(config, root, assignments, repeat):
     sets = (*assignments, *([f"data.root={root}"] if root else []))
     scratch = tempfile.mkdtemp(prefix="raypfk-bench-")
-    settings = configs.load(config, {"rounds": 1}, sets).model_copy(update={"pretrain": None})
+    settings = configs.load(config, {"rounds": 1}, configs.assigned(sets)).model_copy(update={"pretrain": None})
     try:
         with session.ray_session():
             run = _begin(settings, scratch)

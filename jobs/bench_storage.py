@@ -47,7 +47,8 @@ BUDGETS = (125, 1000)
 @click.option("--repeat", default=5, show_default=True, help="Timings of which the fastest counts.")
 def main(config, root, assignments, rounds, out, repeat):
     sets = ("pretrain.epochs=2", "pretrain.milestones=[1]", *assignments, *([f"data.root={root}"] if root else []))
-    settings, scratch = configs.load(config, {"rounds": rounds}, sets), tempfile.mkdtemp(prefix="raypfk-bench-")
+    settings = configs.load(config, {"rounds": rounds}, configs.assigned(sets))
+    scratch = tempfile.mkdtemp(prefix="raypfk-bench-")
     try:
         with session.ray_session():
             run = loop.run(settings, out or store.join(scratch, "run"))

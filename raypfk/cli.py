@@ -41,10 +41,31 @@ def run(config_argument, config_option, out, assignments, verbose, **overrides):
 
     if bool(config_argument) == bool(config_option):
         raise click.UsageError("expected one configuration: raypfk run CONFIG.yaml --out DIR")
-    config = configs.load(config_argument or config_option, overrides, assignments)
+    config = configs.load(config_argument or config_option, overrides, configs.assigned(assignments))
     with session.ray_session(verbose):
         loop.run(config, out)
     status.show(status.read(out))
+
+
+@cli.command()
+@click.argument("path", metavar="EXPERIMENT", type=click.Path())
+@click.option("--out", required=True, help="The experiment's directory: a local path or s3://bucket/key.")
+@click.option("--cell", "only", multiple=True, help="Only these cells; may be given several times.")
+@click.option("--seeds", help="Only these seeds: 0,1,2.")
+@click.option("--parallel", type=click.IntRange(min=1), help="Runs at a time.  [default: one per GPU, or per core]")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any field of all runs.")
+@_verbose
+def experiment(path, out, only, seeds, parallel, assignments, verbose):
+    """Run EXPERIMENT, a YAML file of cells and seeds, side by side; run again, it goes on where it stopped."""
+    from raypfk import config as configs
+    from raypfk import experiment as experiments
+    from raypfk import session, study
+
+    planned = experiments.load(path, configs.assigned(assignments), only, seeds)
+    parallel = parallel or planned.parallel
+    with session.ray_session(verbose, cpus=experiments.CPUS * (parallel or session.cores())):
+        experiments.run(planned, out, parallel)
+    study.show(study.open_study(out))
 
 
 @cli.command()

@@ -7,6 +7,7 @@ and how a training is spread and kept (`SPREAD`), which must follow the machines
 
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -92,6 +93,10 @@ class DataConfig(Section):
     """An image with more pixels is rejected, unread."""
     max_rejects: Share = 0.1
     """Images (int), or share (float) of those that a stage reads, that may be rejected before it stops (10 may)."""
+
+    def of_pool(self, uri: str) -> "DataConfig":
+        """The same images as they lie in the pool that was built of them."""
+        return DataConfig(pool=uri, max_pixels=self.max_pixels, max_rejects=self.max_rejects)
 
     @model_validator(mode="after")
     def _one_origin(self):
@@ -329,19 +334,36 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: str, overrides: dict[str, Any] | None = None, assignments: tuple[str, ...] = ()) -> Config:
+def load(path: str, overrides: dict[str, Any] | None = None, settings: dict[str, Any] | None = None) -> Config:
     """Read and validate a run's YAML file.
 
-    path: file. overrides: top-level fields from the command line. assignments: `dotted.key=value` strings; the value
-    is YAML. Raises UserError that names the file, the dotted path, what was expected and what came.
+    path: file. overrides: top-level fields, None where one is not overridden. settings: values by `dotted.key`. Raises
+    UserError that names the file, the dotted path, what was expected and what came.
     """
+    tree = read_tree(path)
+    for key, value in (settings or {}).items():
+        _set(tree, key, value)
+    tree |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    return _absolute_paths(validate(tree, path))
+
+
+def read_tree(path: str) -> dict[str, Any]:
+    """A YAML file of settings. UserError where it is none."""
     tree = _parse(_text(path), path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """Values by dotted key, of `dotted.key=value` strings whose value is YAML."""
+    settings = {}
     for assignment in assignments:
-        _assign(tree, assignment)
-    tree |= {k: v for k, v in (overrides or {}).items() if v is not None}
-    return _absolute_paths(validate(tree, path))
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {assignment}: expected dotted.key=value")
+        settings[key] = _parse(value, f"--set {assignment}")
+    return settings
 
 
 def validate(tree: dict, origin: str) -> Config:
@@ -400,10 +422,7 @@ def _parse(text: str, origin: str) -> Any:
         raise UserError(f"{origin}: not YAML: {message[:200] or type(error).__name__}") from None
 
 
-def _assign(tree: dict, assignment: str) -> None:
-    key, equals, value = assignment.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {assignment}: expected dotted.key=value")
+def _set(tree: dict, key: str, value: Any) -> None:
     node = tree
     *parents, last = key.split(".")
     for name in parents:
@@ -411,8 +430,8 @@ def _assign(tree: dict, assignment: str) -> None:
             node[name] = {}
         node = node[name]
         if not isinstance(node, dict):
-            raise UserError(f"--set {assignment}: {name!r} is a value, not a section")
-    node[last] = _parse(value, f"--set {assignment}")
+            raise UserError(f"{key}: {name!r} is a value, not a section")
+    node[last] = value
 
 
 _BRIEF = reprlib.Repr()  # what aliases make of a short file would fill a disk

@@ -8,7 +8,6 @@ from rich.table import Table
 
 from raypfk import config as configs
 from raypfk import loop, progress, status, store
-from raypfk.config import DataConfig
 from raypfk.report.curves import plot_curves
 from raypfk.stages import pool as pools
 
@@ -22,7 +21,7 @@ def demo(out: str) -> None:
     path = str(importlib.resources.files("raypfk.configs") / "digits.yaml")
     config = configs.load(path)
     pool = pools.build(config.data, store.join(out, "pool"), config.seed)
-    data = DataConfig(pool=pool.uri)
+    data = config.data.of_pool(pool.uri)
     states = {}
     for strategy in STRATEGIES:
         progress.current().say(f"{strategy}:")

@@ -13,7 +13,7 @@ from raypfk.stages.evaluate import evaluate, write_metrics
 from raypfk.stages.extract import extract
 from raypfk.stages.label import label
 from raypfk.stages.score import score
-from raypfk.stages.train import pretrain, train
+from raypfk.stages.train import adopt, pretrain, train
 
 STAGES: dict[str, Callable[[Run, int], dict]] = {
     "extract": extract,
@@ -25,8 +25,11 @@ STAGES: dict[str, Callable[[Run, int], dict]] = {
 }
 
 
-def run(config: Config, out: str) -> Run:
-    """Do a whole run, or what is left of it. Raises UserError if `out` holds another run."""
+def run(config: Config, out: str, start: Run | None = None) -> Run:
+    """Do a whole run, or what is left of it. Raises UserError if `out` holds another run.
+
+    start: if given, a run of the same pool, network, pretraining and seed, whose round 0 this one adopts.
+    """
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not (store.is_remote(out) or os.path.isabs(out)):
         raise UserError(f"--out {out}: a submitted job runs in a copy of the folder: give an absolute path or a URI")
     out = store.absolute(out)
@@ -34,6 +37,8 @@ def run(config: Config, out: str) -> Run:
         Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
     with lease.held(out):
         this = Run.create_or_open(config, out, open_pool(config, out))
+        if start and not this.done(0, "train"):
+            this.mark(0, "train", {"seconds": 0.0, **adopt(this, start)})
         for number in range(config.rounds + 1):
             if number and not images_left(this, number):
                 progress.current().say(f"the pool is exhausted after round {number - 1}")

@@ -143,7 +143,7 @@ class Run:
             return
         if other.kind != "chance":
             raise UserError(f"elsewhere.strategy: expected random or another by chance, found {other.name!r}")
-        if "classes" in other.given and not (self.strategy.kind == "kernel" or "classes" in self.strategy.given):
+        if "classes" in other.given and not self.estimates:
             estimates = f"{self.config.strategy!r} estimates none"
             raise UserError(f"elsewhere.strategy: {other.name!r} draws by estimated labels, and strategy {estimates}")
 
@@ -156,6 +156,11 @@ class Run:
     @cached_property
     def strategy(self) -> Strategy:
         return strategies.named(self.config.strategy)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether extraction writes down an estimated label of each pool image."""
+        return self.strategy.kind == "kernel" or "classes" in self.strategy.given
 
     @cached_property
     def elsewhere(self) -> Strategy | None:

@@ -133,18 +133,33 @@ def require(what: str, **wanted: float) -> None:
             progress.current().say(f"{message}: waiting for the cluster to grow")
 
 
-def gpus() -> int:
-    """GPUs of the cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
+def share_with(others: int) -> None:
+    """From now on this process leaves room for so many others of its kind, and takes its part of the cluster."""
+    from ray.data import DataContext, ExecutionResources
+
+    global _sharers
+    _sharers = others + 1
+    there = ray.cluster_resources()
+    # A pipeline knows of no other: with all CPUs in the hands of several pipelines' actors, none could read any more.
+    limits = ExecutionResources.for_limits(cpu=max(2, there.get("CPU", 1) / _sharers - 1), gpu=gpus())
+    DataContext.get_current().execution_options.resource_limits = limits
+
+
+_sharers = 1
+
+
+def gpus() -> float:
+    """GPUs of the cluster, or of this process's share of it."""
+    return ray.cluster_resources().get("GPU", 0) / _sharers
 
 
 def gpus_per_actor(wanted: float | None) -> float:
-    """As configured; where nothing is, one if the cluster has any."""
+    """As configured; where nothing is, one if there are any, or what the share has of one."""
     return wanted if wanted is not None else min(1, gpus())
 
 
 def cpus() -> int:
-    """CPUs of the cluster; of a local Ray the cores that are there, not the logical ones."""
+    """CPUs of the cluster, or this process's share; of a local Ray the cores that are there, not the logical ones."""
     logical = int(ray.cluster_resources().get("CPU", 1))
     nodes = [n for n in ray.nodes() if n["Alive"]]
-    return max(1, min(logical, cores()) if len(nodes) == 1 else logical)
+    return max(1, (min(logical, cores()) if len(nodes) == 1 else logical) // _sharers)

@@ -1,15 +1,17 @@
 """What is compared: runs by cell and seed, of an experiment's directory, or a run alone; and their table of results.
 
-    DIR/experiment.json                 what the experiment is: title, figure, seeds, cells
-    DIR/pools/, DIR/starts/             pools and initial weights that cells share
-    DIR/cells/CELL/seed-000/            run directories
-    DIR/results.parquet, results.csv    `table`
+An experiment's directory holds experiment.json (title, figure, seeds, cells), pools/ and starts/ (pools and initial
+weights that cells share), cells/CELL/seed-000/ (run directories), and results.parquet and results.csv (`table`).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+from rich.console import Console
+from rich.table import Table
 
 from raypfk import results, store
 from raypfk.errors import UserError
@@ -83,3 +85,41 @@ def table(study: Study) -> pa.Table:
         named = {"cell": pa.array([cell.name] * len(rows)), "seed": pa.array([seed] * len(rows), pa.int64())}
         parts.append(pa.table(named | {name: rows[name] for name in rows.column_names}).cast(TABLE))
     return pa.concat_tables(parts)
+
+
+def write_results(study: Study) -> None:
+    """results.parquet, and results.csv with a column for each class."""
+    rows = table(study)
+    store.write_table(store.join(study.uri, "results.parquet"), rows)
+    classes = max((len(of or []) for of in rows["per_class_accuracy"].to_pylist()), default=0)
+    flat = rows.drop_columns("per_class_accuracy")
+    for c in range(classes):
+        of_class = [of[c] if of else None for of in rows["per_class_accuracy"].to_pylist()]
+        flat = flat.append_column(f"accuracy_{c}", pa.array(of_class, pa.float64()))
+    buffer = pa.BufferOutputStream()
+    pyarrow.csv.write_csv(flat, buffer)
+    store.write_bytes(store.join(study.uri, "results.csv"), buffer.getvalue())
+
+
+def show(study: Study) -> None:
+    """A line for each cell: test accuracy after the last round that all its seeds have."""
+    shown = Table("cell", "seeds", "labels", "test accuracy", "best epoch", "minority", box=None, pad_edge=False)
+    rows = table(study).to_pandas()
+    for cell in study.cells:
+        of = rows[rows["cell"] == cell.name]
+        last = of.groupby("seed")["round"].max().min()
+        at = of[of["round"] == last]
+        labels = f"{int(at['bought'].max()):,}" if len(at) else ""
+        columns = ("test_accuracy", "best_epoch_accuracy", "minority_accuracy")
+        shown.add_row(cell.name, str(len(at)), labels, *(_mean(at[column]) for column in columns))
+    console = Console(highlight=False)
+    console.print(f"{study.uri}: {study.title}", soft_wrap=True, markup=False)
+    console.print(shown)
+
+
+def _mean(values) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    known = 100 * np.array([v for v in values if v is not None and v == v])
+    if not len(known):
+        return ""
+    return f"{known.mean():.2f} %" + (f" +- {known.std(ddof=1):.2f}" if len(known) > 1 else "")

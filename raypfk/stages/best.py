@@ -26,7 +26,7 @@ def best(run: Run, round: int, read: Read, score: Score, count: int, seed: int) 
     """(image_id, score) of at most `count` images, in order: by score descending, of equals as the seed draws them."""
     job = _Job(run, round, read, score, count, seed)
     table = _SCORED.empty_table()
-    for part in _each(lambda shards: job.of(shards), run.pool.shards("pool")):
+    for part in each(lambda shards: job.of(shards), run.pool.shards("pool")):
         table = job.first(pa.concat_tables([table, part]))
     return table.drop_columns("own")
 
@@ -38,7 +38,7 @@ def counts(run: Run, round: int, read: Read) -> torch.Tensor:
         tables = (read(run, round, shard) for shard in shards)
         return sum(np.bincount(table["estimated_label"], minlength=run.classes) for table in tables)
 
-    return torch.from_numpy(sum(_each(of, run.pool.shards("pool"))))
+    return torch.from_numpy(sum(each(of, run.pool.shards("pool"))))
 
 
 def described(run: Run, round: int, shard: Shard) -> pa.Table:
@@ -47,7 +47,7 @@ def described(run: Run, round: int, shard: Shard) -> pa.Table:
     return run.read(path, columns=["image_id", "predicted", "estimated_label"])
 
 
-def _each(do: Callable[[list[Shard]], object], shards: list[Shard]) -> Iterator:
+def each(do: Callable[[list[Shard]], object], shards: list[Shard]) -> Iterator:
     """`do` of some shards at a time, in tasks; what they return, in the order of the shards."""
     size = max(1, len(shards) // (_CHUNKS * session.cpus()))
     task = ray.remote(do)

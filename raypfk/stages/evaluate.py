@@ -5,6 +5,7 @@ import torch
 
 from raypfk import progress, store
 from raypfk.run import Run
+from raypfk.stages.quality import QUALITY, quality, rare_classes, share
 from raypfk.stages.stream import Decoder, NetworkSpec, batches, network_of, through_actors
 
 PASSES = ("forward", "backward", "after_dropout")
@@ -36,20 +37,23 @@ def evaluate(run: Run, round: int) -> dict:
         for done in through_actors(shards, decoder, Predictor, actor, run, "test"):
             np.add.at(confusion, (done["label"], done["predicted"]), 1)
             advance(len(done["label"]))
-    return {"confusion": confusion.tolist(), "tested": int(confusion.sum()), "forward": int(confusion.sum())}
+    facts = {"confusion": confusion.tolist(), "tested": int(confusion.sum()), "forward": int(confusion.sum())}
+    return facts | quality(run, round)
 
 
 def write_metrics(run: Run, round: int, markers: dict[str, dict]) -> None:
     """metrics.json of a round from what its stages left. Undefined accuracies (no test image of a class) are null."""
-    confusion = np.array(markers["evaluate"]["confusion"])
-    per_class, totals = np.diag(confusion), confusion.sum(1)
+    confusion, rare = np.array(markers["evaluate"]["confusion"]), rare_classes(run)
+    right, tested = np.diag(confusion), confusion.sum(1)
     store.write_json(
         run.round(round).metrics,
         {
             "round": round,
             "labelled": run.labelled(round + 1).num_rows,
-            "test_accuracy": float(per_class.sum() / totals.sum()),
-            "per_class_accuracy": [float(h / n) if n else None for h, n in zip(per_class, totals, strict=True)],
+            "test_accuracy": share(right.sum(), tested.sum()),
+            "minority_accuracy": share(right[rare].sum(), tested[rare].sum()),
+            "per_class_accuracy": [share(h, n) for h, n in zip(right, tested, strict=True)],
+            **{name: markers["evaluate"].get(name) for name in QUALITY},
             "confusion": confusion.tolist(),
             "seconds": {stage: facts["seconds"] for stage, facts in markers.items()},
             **{p: sum(facts.get(p, 0) for facts in markers.values()) for p in PASSES},

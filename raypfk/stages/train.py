@@ -96,10 +96,24 @@ def pretrain(run: Run, round: int = 0) -> dict:
         store.delete(job.partial)  # or the next try would find all epochs done
         raise
     models.restore(net, _kept(job)["net"], job.partial)
+    _begin(run, net)
+    return facts | _passes(config.pretrain.epochs * (rows - rejects.count) * ROTATIONS)
+
+
+def adopt(run: Run, other: Run) -> dict:
+    """Write rounds/000's checkpoint from that of another run of the same pool, network, pretraining and seed: the
+    weights that `pretrain` would come to."""
+    net, origin = run.architecture.build(), other.round(0).checkpoint
+    models.restore(net, models.load(checkpoint_of(other, 0), origin)[0], origin)
+    _begin(run, net)
+    return {"loss": None, "adopted": other.uri, "forward": 0, "backward": 0}
+
+
+def _begin(run: Run, net: torch.nn.Module) -> None:
+    """Pretrained layers, and a last one of each member's own."""
     for member in range(run.members):
         models.replace_last_layer(net, run.classes, _seed(run, "last layer", member=member))
-        store.write_bytes(files.checkpoint_of(member), models.save(net, _meta(run, 0, member)))
-    return facts | _passes(config.pretrain.epochs * (rows - rejects.count) * ROTATIONS)
+        store.write_bytes(run.round(0).checkpoint_of(member), models.save(net, _meta(run, 0, member)))
 
 
 def train(run: Run, round: int) -> dict:

@@ -1,0 +1,148 @@
+"""Experiments: cells by seeds, side by side, on pools and weights that they share."""
+
+import os
+
+import pyarrow.csv
+import pytest
+import yaml
+
+from raypfk import config as configs
+from raypfk import experiment, loop, session, store, study
+from raypfk.errors import RunError, UserError
+from raypfk.run import Run
+from raypfk.schema import SELECTION
+from tests import tiny
+
+CELLS = {
+    "random": {"set": {"strategy": "random"}, "published": "random"},
+    "pfk, votes": {"set": {"label_estimator": "vote", "train.epochs": 2}},
+    "too fast": {"set": {"strategy": "random", "train.lr": 1e9}},
+}
+PRETRAIN = {"epochs": 1, "batch_size": 64, "lr": 0.05}
+
+
+def files(folder, **fields) -> str:
+    """An experiment's YAML file beside its base, with changes; a field of None is left out."""
+    (folder / "base.yaml").write_text(yaml.safe_dump({**tiny.TREE, "pretrain": PRETRAIN}))
+    tree = {"title": "Tiny", "base": "base.yaml", "seeds": [3], "set": {"rounds": 1}, "cells": CELLS, **fields}
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in tree.items() if value is not None}, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, ray_session):
+    """(directory, plan, error) of the experiment of `files`, run to its end."""
+    folder = tmp_path_factory.mktemp("experiment")
+    plan, out = experiment.load(files(folder), {}), str(folder / "out")
+    with pytest.raises(RunError) as error:
+        experiment.run(plan, out, parallel=2)
+    return out, plan, str(error.value)
+
+
+def test_a_cell_is_the_run_it_would_be_alone(done, tmp_path):
+    """Shared pool, adopted pretraining and neighbours change nothing: the same selection, labels and accuracy."""
+    out, plan, _ = done
+    job = plan.jobs[1]
+    shared, alone = Run.open(study.run_dir(out, job.cell, job.seed)), loop.run(job.config, str(tmp_path / "run"))
+    assert shared.done(0, "train")["adopted"].startswith(store.join(out, "starts"))
+    selections = [run.read(run.round(1).selection, SELECTION).to_pydict() for run in (shared, alone)]
+    assert selections[0] == selections[1]
+    metrics = [store.read_json(run.round(1).metrics) for run in (shared, alone)]
+    assert metrics[0]["confusion"] == metrics[1]["confusion"]
+
+
+def test_one_failure_stops_nobody_else(done):
+    """A diverging cell is tried again and named with its reason; the others are in the results, all columns filled."""
+    out, _, error = done
+    assert error.startswith("1 of 3 runs failed") and "too fast, seed 3: " in error and "diverged" in error
+    rows = study.table(study.open_study(out)).to_pylist()
+    assert [(row["cell"], row["seed"], row["round"], row["bought"]) for row in rows] == [
+        ("random", 3, 1, 12), ("pfk, votes", 3, 1, 12),
+    ]  # fmt: skip
+    pfk = rows[1]
+    assert pfk["validation_labels"] == 300 and len(pfk["per_class_accuracy"]) == 10
+    for share in ("test_accuracy", "minority_accuracy", "minority_share", "selected_estimates", "pool_estimates"):
+        assert 0 <= pfk[share] <= 1
+    assert rows[0]["minority_share"] is not None and rows[0]["pool_estimates"] is None
+    assert pfk["forward"] == pfk["backward"] == 300 + Run.open(study.run_dir(out, "pfk, votes", 3)).pool.rows("pool")
+
+
+def test_results_are_files(done):
+    """results.parquet is the table, results.csv the same with a column for each class."""
+    out, _, _ = done
+    rows = store.read_table(store.join(out, "results.parquet"), schema=study.TABLE)
+    assert rows.equals(study.table(study.open_study(out)))
+    flat = pyarrow.csv.read_csv(os.path.join(out, "results.csv"))
+    assert flat["cell"].to_pylist() == ["random", "pfk, votes"]
+    assert [flat[f"accuracy_{c}"][1].as_py() for c in range(10)] == rows["per_class_accuracy"][1].as_py()
+
+
+def test_what_is_done_is_not_done_again(done, tmp_path):
+    """The same command again, for cells that are done: no file of theirs is written."""
+    out, plan, _ = done
+    good = experiment.Plan(plan.record, plan.jobs[:2], plan.parallel, plan.retries)
+    watched = ("rounds/000/checkpoint/model.pt", "rounds/001/descriptors", "rounds/001/checkpoint/model.pt")
+    paths = [os.path.join(study.run_dir(out, "pfk, votes", 3), name) for name in watched]
+    before = [os.stat(path).st_mtime_ns for path in paths]
+    experiment.run(good, out, parallel=2)
+    assert [os.stat(path).st_mtime_ns for path in paths] == before
+
+
+def test_an_unfinished_experiment_says_what_is_missing(done):
+    out, plan, _ = done
+    record = {**plan.record, "seeds": [3, 4]}
+    store.write_json(store.join(out, study.RECORD), record)
+    found = study.open_study(out)
+    store.write_json(store.join(out, study.RECORD), plan.record)
+    assert found.missing == [("random", 4), ("pfk, votes", 4), ("too fast", 4)]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"cells": {"a/b": {}}}, "cells: expected names of letters.*found 'a/b'"),
+        ({"cells": {}}, "cells"),
+        ({"seeds": []}, "seeds"),
+        ({"strategies": ["pfk"]}, "strategies: unknown key"),
+        ({"title": None}, "title: missing"),
+        ({"cells": {"a": {"set": {"strategy": "pkf"}}}}, "strategy: .*'pkf'"),
+        ({"cells": {"a": {"set": {"budget.x": 1}}}}, "budget.x: 'budget' is a value"),
+        ({"set": {"nothing": 1}}, "nothing: unknown key"),
+        ({"base": "absent.yaml"}, "absent.yaml: cannot be read"),
+    ],
+)
+def test_a_bad_experiment_is_refused(tmp_path, fields, message):
+    """Before anything runs, by one message that names the field."""
+    with pytest.raises(UserError, match=message):
+        experiment.load(files(tmp_path, **fields), {})
+
+
+def test_what_is_to_be_run_can_be_chosen(tmp_path):
+    """--cell, --seeds and --set; runs come seed by seed."""
+    path = files(tmp_path, seeds=[0, 1])
+    plan = experiment.load(path, {"rounds": 5}, ("random", "too fast"), "1,7")
+    assert [(job.cell, job.seed) for job in plan.jobs] == [
+        ("random", 1), ("too fast", 1), ("random", 7), ("too fast", 7),
+    ]  # fmt: skip
+    assert {job.config.rounds for job in plan.jobs} == {5} and plan.record["seeds"] == [0, 1, 7]
+    with pytest.raises(UserError, match="--cell pfk: expected one of 'random'"):
+        experiment.load(path, {}, ("pfk",))
+    with pytest.raises(UserError, match="--seeds x: expected whole numbers"):
+        experiment.load(path, {}, (), "x")
+
+
+def test_experiments_that_come_with_it_are_valid():
+    """Each file of configs/experiments, with a place for its data, says runs that can be."""
+    folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "experiments")
+    for name in sorted(os.listdir(folder)):
+        settings = {} if name == "digits.yaml" else {"data.root": "/data"}
+        assert experiment.load(os.path.join(folder, name), settings).jobs
+
+
+def test_a_share_of_the_cluster(ray_session, monkeypatch):
+    """A process beside three others has a quarter of the CPUs, and at least one."""
+    all_of_them = session.cpus()
+    monkeypatch.setattr(session, "_sharers", 4)
+    assert session.cpus() == max(1, all_of_them // 4)
+    assert configs.assigned(("a.b=1e-1", "c=[x]")) == {"a.b": 0.1, "c": ["x"]}
