@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a failure, 2 the user's mistake, 130 interrupted, 143 stop
 """
 
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -105,6 +106,16 @@ def verify_command(uri):
         click.echo(problem)
     click.echo(f"{uri}: {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'}", err=True)
     return 1 if problems else 0
+
+
+@cli.command("report")
+@click.argument("uri", metavar="RUN|EXPERIMENT")
+@click.option("--out", help="Folder of the page.  [default: RUN|EXPERIMENT/report]")
+def report_command(uri, out):
+    """A page on RUN or EXPERIMENT: curves, significance, what was selected and why. Opens from disk."""
+    from raypfk.report import report
+
+    click.echo(report.write(uri, out, shlex.join(["raypfk", *sys.argv[1:]])))
 
 
 @cli.group()

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from raypfk import config as configs
-from raypfk import loop, progress, status, store
-from raypfk.report.curves import plot_curves
+from raypfk import loop, progress, status, store, study
+from raypfk.report import figures, gather
+from raypfk.run import Run
 from raypfk.stages import pool as pools
+from raypfk.study import Study
 
 STRATEGIES = ("pfk", "random")
 
@@ -22,16 +24,23 @@ def demo(out: str) -> None:
     config = configs.load(path)
     pool = pools.build(config.data, store.join(out, "pool"), config.seed)
     data = config.data.of_pool(pool.uri)
-    states = {}
+    runs = {}
     for strategy in STRATEGIES:
         progress.current().say(f"{strategy}:")
-        run = store.join(out, strategy)
-        loop.run(config.model_copy(update={"data": data, "strategy": strategy}), run)
-        states[strategy] = status.read(run)
-    _table(states)
+        settings = config.model_copy(update={"data": data, "strategy": strategy})
+        runs[strategy] = loop.run(settings, store.join(out, strategy))
+    _table({strategy: status.read(run.uri) for strategy, run in runs.items()})
     plot = store.join(out, "accuracy.png")
-    plot_curves(list(states.values()), plot, "Handwritten digits, classes 5 to 9 ten times rarer in the pool")
+    store.write_bytes(plot, _plot(out, list(runs.values())))
     progress.current().say(f"plot: {plot}; {time.perf_counter() - start:.0f} s in all")
+
+
+def _plot(out: str, runs: list[Run]) -> bytes:
+    compared = Study(out, "demo", None, [study.alone(run) for run in runs])
+    curves = gather.curves(compared, study.table(compared))
+    title = "Digits, classes 5 to 9 ten times rarer in the pool:\ntest accuracy (%)"
+    look = figures.looks([cell.name for cell in curves])
+    return figures.png(figures.curves(curves, ("test_accuracy", "last epoch"), None, title, look))
 
 
 def _table(states: dict[str, dict]) -> None:

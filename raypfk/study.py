@@ -52,9 +52,7 @@ def open_study(uri: str) -> Study:
     """An experiment's directory, or a run's: a study of one cell. UserError where neither is."""
     uri = store.absolute(uri)
     if store.exists(store.join(uri, "run.json")):
-        run = Run.open(uri)
-        name = run.config.strategy + (f", S={run.config.label_estimator}" if run.strategy.kind == "kernel" else "")
-        return Study(uri, uri.rpartition("/")[2], None, [Cell(name, None, {run.config.seed: run})])
+        return Study(uri, uri.rpartition("/")[2], None, [alone(Run.open(uri))])
     path = store.join(uri, RECORD)
     if not store.exists(path):
         raise UserError(f"{uri}: no run and no experiment here ({RECORD} and run.json are missing)")
@@ -70,6 +68,12 @@ def open_study(uri: str) -> Study:
                 missing.append((name, seed))
         cells.append(cell)
     return Study(uri, record["title"], record.get("figure"), cells, missing)
+
+
+def alone(run: Run) -> Cell:
+    """A run as a cell, named for its strategy."""
+    name = run.config.strategy + (f", S={run.config.label_estimator}" if run.strategy.kind == "kernel" else "")
+    return Cell(name, None, {run.config.seed: run})
 
 
 def run_dir(uri: str, cell: str, seed: int) -> str:
