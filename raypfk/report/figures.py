@@ -88,7 +88,7 @@ def curves(
 
     solid, dashed: (column, what the legend calls it). A hollow marker: not all of the cell's seeds are there yet.
     """
-    figure, axes = _axes(title)
+    figure, axes = _axes(cells, title)
     for cell in cells:
         _mean_line(axes, cell, solid[0], look[cell.name])
         if dashed:
@@ -104,7 +104,7 @@ def curves(
 @_styled
 def beside_published(cells: list[Curves], figure_there: published.Figure, look: dict[str, Look]) -> Figure:
     """Our last and best epochs, and the paper's curves: a cell's own in its colour, other methods' in grey."""
-    figure, axes = _axes("test accuracy (%)", height=4.0)
+    figure, axes = _axes(cells, "test accuracy (%)", height=4.0)
     last = max(cell.bought_B[-1] for cell in cells)
     owners = {cell.published: cell for cell in cells if cell.published}
     ends = []
@@ -133,12 +133,15 @@ def beside_published(cells: list[Curves], figure_there: published.Figure, look: 
     return figure
 
 
-def _axes(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+def _axes(cells: list[Curves], title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="labels bought", title=title)
     axes.grid(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    longest_B = max((cell.bought_B for cell in cells), key=len)
+    step = -(-len(longest_B) // 6)
+    axes.set_xticks(longest_B[(len(longest_B) - 1) % step :: step])  # of rounds, the last among them
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure, axes
 
 

@@ -49,6 +49,12 @@ class Curves:
         """Mean and sample deviation over the seeds, (B,) each."""
         return statistics.mean_and_deviation(self.values[column])
 
+    def until(self, rounds: int, column: str = "test_accuracy") -> tuple[np.ndarray, np.ndarray]:
+        """Labels and mean of the first rounds, of the seeds that have got so far: the same seeds at each point."""
+        y_SB = self.values[column][:, :rounds]
+        mean_B, _ = statistics.mean_and_deviation(y_SB[np.isfinite(y_SB).all(1)])
+        return self.bought_B[:rounds], mean_B
+
     def areas(self, rounds: int, column: str = "test_accuracy") -> dict[int, float]:
         """By seed, the area under the curve of the first rounds: NaN if the seed has not got so far."""
         areas = statistics.area(self.bought_B[:rounds], self.values[column][:, :rounds])

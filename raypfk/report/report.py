@@ -203,14 +203,17 @@ def _line(
 
 
 def _selected(cells: list[Curves]) -> list[Picture]:
-    recall = ("minority_recall", "recall")
     lines = [
         _line("minority-share", cells, "minority_share", "minority share of the selection (%)", "a round's selection"),
-        _line("estimates", cells, "pool_estimates", "estimated labels that are right (%)", "of the pool",
-              ("selected_estimates", "of the selection")),
-        _line("minority-estimates", cells, "minority_precision", "estimated to be of a minority class (%)",
-              "precision", recall),
-    ]  # fmt: skip
+        _line(
+            *("estimates", cells, "pool_estimates", "estimated labels that are right (%)", "of the pool"),
+            ("selected_estimates", "of the selection"),
+        ),
+        _line(
+            *("minority-estimates", cells, "minority_recall", "estimated to be of a minority class (%)", "recall"),
+            ("minority_precision", "precision"),
+        ),
+    ]
     return [line for line in lines if line]
 
 

@@ -74,7 +74,7 @@ def headline(cells: list[Curves], rounds: int, baseline: Curves | None, validati
 
 
 def _saved(cell: Curves, baseline: Curves, rounds: int) -> list[str]:
-    both = [y_B[:rounds] for c in (cell, baseline) for y_B in (c.bought_B, c.summary("test_accuracy")[0])]
+    both = [*cell.until(rounds), *baseline.until(rounds)]
     return [saved(statistics.saved_at(both[-1][-1], *both)), saved(statistics.most_saved(*both), at=True)]
 
 
