@@ -126,11 +126,21 @@ def _round(made: Run, number: int, accuracy: float) -> None:
             "forward": 6,
             "backward": 6,
         },
-        "evaluate": {"seconds": 0.1, "confusion": confusion.tolist(), "tested": SIZES["test"]},
+        "evaluate": {"seconds": 0.1, "confusion": confusion.tolist(), "tested": SIZES["test"], **_quality(truth, why)},
     }
     evaluate.write_metrics(made, number, markers)
     for stage, facts in markers.items():
         made.mark(number, stage, facts)
+
+
+def _quality(truth: dict[str, int], why: dict) -> dict[str, float]:
+    """As stages/quality.py has it of the selection; of the pool made up."""
+    labels = np.array(list(truth.values()))
+    selected = {"minority_share": float(np.isin(labels, RARE).mean())}
+    if not why:
+        return selected
+    pool = {"pool_estimates": 0.5, "minority_precision": 0.25, "minority_recall": 0.75}
+    return selected | {"selected_estimates": float((labels == why["estimated_label"]).mean())} | pool
 
 
 def _describe(made: Run, number: int, left: list[str]) -> None:
