@@ -194,6 +194,15 @@ def test_the_command(tmp_path, pool, capsys, monkeypatch):
         report.write(str(tmp_path / "nothing"), None, "")
 
 
+def test_runs_and_report_may_lie_in_a_store(s3):
+    """Of a run in s3:// the report is written beside it there."""
+    of = studies.pool(f"s3://{s3.bucket}/pool")
+    run = studies.run(f"s3://{s3.bucket}/run", of, "random", 1, (0.5,))
+    index = report.write(run.uri, None, "raypfk report")
+    assert index == f"s3://{s3.bucket}/run/report/index.html"
+    assert b"50.0 %" in store.read_bytes(index) and "accuracy.png" in store.names(f"s3://{s3.bucket}/run/report")
+
+
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_it(finished, tmp_path, width):
     """Chromium opens it from disk without an error, shows every image, and has nothing to scroll sideways."""

@@ -93,7 +93,7 @@ def test_a_first_published_point_is_one_round():
 
 def test_names_are_moved_apart_as_little_as_it_takes():
     """What does not touch stays; two that touch part evenly; a chain of them stays around its mean, in order."""
-    assert figures.spread([0.0, 5.0], 1.0) == [0.0, 5.0]
-    assert figures.spread([1.0, 1.0], 1.0) == [0.5, 1.5]
-    assert figures.spread([0.0, 0.1, 0.2, 9.0], 1.0) == pytest.approx([-0.9, 0.1, 1.1, 9.0])
-    assert figures.spread([], 1.0) == []
+    assert figures.apart([0.0, 5.0], 1.0) == [0.0, 5.0]
+    assert figures.apart([1.0, 1.0], 1.0) == [0.5, 1.5]
+    assert figures.apart([0.0, 0.1, 0.2, 9.0], 1.0) == pytest.approx([-0.9, 0.1, 1.1, 9.0])
+    assert figures.apart([], 1.0) == []

@@ -119,9 +119,7 @@ def _thumbnail(data: bytes | str, max_pixels: int) -> Thumbnail:
         pixels_CHW = images.decode(data, None, max_pixels)
     except images.BadImage as error:
         return Thumbnail(None, f"cannot be read: {error}")
-    image = Image.fromarray(
-        pixels_CHW.permute(1, 2, 0).numpy().squeeze(2) if len(pixels_CHW) == 1 else pixels_CHW.permute(1, 2, 0).numpy()
-    )
+    image = Image.fromarray(pixels_CHW.permute(1, 2, 0).squeeze(2).numpy())  # a grey one as (H,W)
     small = max(image.size) <= PIXEL_ART
     image.thumbnail((SIDE, SIDE))
     stream, kind = io.BytesIO(), "PNG" if small else "JPEG"

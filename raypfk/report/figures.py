@@ -162,10 +162,19 @@ def _handle(name: str, look: Look) -> Line2D:
 
 def _legend(figure: Figure, cells: list[Line2D], kinds: list[Line2D]) -> None:
     """Below the axes, where it hides nothing: the cells, then what the kinds of lines are. The figure grows by it."""
-    longest = max(len(handle.get_label()) for handle in [*cells, *kinds])
-    columns = max(1, min(3, int(WIDTH / (0.6 + 0.075 * longest))))
-    figure.set_figheight(figure.get_figheight() + 0.1 + 0.2 * -(-len([*cells, *kinds]) // columns))
-    figure.legend(handles=[*cells, *kinds], loc="outside lower left", ncols=columns)
+    handles = [*cells, *kinds]
+    columns = _columns([handle.get_label() for handle in handles])
+    figure.set_figheight(figure.get_figheight() + 0.1 + 0.2 * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns)
+
+
+def _columns(labels: list[str]) -> int:
+    """How many columns of a legend fit: each as wide as its longest label."""
+    for columns in (3, 2):
+        longest = [max(map(len, part), default=0) for part in np.array_split(labels, columns)]
+        if sum(0.6 + 0.072 * length for length in longest) <= WIDTH:
+            return columns
+    return 1
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
@@ -174,14 +183,14 @@ def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     low, high = axes.get_ylim()
     gap = 12 / 72 / axes.get_window_extent().height * axes.figure.dpi * (high - low)
     ends = sorted(ends, key=lambda end: end[1])
-    for (x, y, name, color), at in zip(ends, spread([end[1] for end in ends], gap), strict=True):
+    for (x, y, name, color), at in zip(ends, apart([end[1] for end in ends], gap), strict=True):
         place = {"xytext": (1.03, at), "textcoords": axes.get_yaxis_transform()}
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
         axes.annotate(name, (x, y), **place, color=color, fontsize=8.5, va="center", arrowprops=arrow)
     axes.set_ylim(low, high)
 
 
-def spread(y: Sequence[float], gap: float) -> list[float]:
+def apart(y: Sequence[float], gap: float) -> list[float]:
     """Ascending numbers, moved as little as it takes (by least squares) to lie at least `gap` apart.
 
     Numbers that touch are a block, which lies at the mean of what its members want.
@@ -250,14 +259,14 @@ def embedding(found: Embedding, names: list[str], title: str) -> Figure:
 @_styled
 def class_counts(counts: dict[str, np.ndarray], names: list[str], rare: list[int]) -> Figure:
     """Images of each class, a panel for each of `counts`; the classes that were made rare in another colour."""
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.5 * len(counts)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.5 * len(counts) + _room(names)), layout="constrained")
     panels = figure.subplots(len(counts), squeeze=False, sharex=True)[:, 0]
     colors = [_COLORS[1] if label in rare else _COLORS[0] for label in range(len(names))]
     for axes, (title, counts_D) in zip(panels, counts.items(), strict=True):
         bars = axes.bar(np.arange(len(names)), counts_D, color=colors, width=0.8 if len(names) <= FEW else 1)
         axes.set(title=f"{title}: {counts_D.sum():,}", ylabel="images")
         if len(names) <= 12:
-            axes.bar_label(bars, fontsize=8, padding=1)
+            axes.bar_label(bars, fontsize=8 if counts_D.max() < 1000 else 6.5, padding=1)
             axes.margins(y=0.15)
     _name_classes(panels[-1], names, "x")
     panels[-1].set_xlabel("class (orange: made rare)" if rare else "class")
@@ -267,7 +276,7 @@ def class_counts(counts: dict[str, np.ndarray], names: list[str], rare: list[int
 @_styled
 def bought(counts_BD: np.ndarray, names: list[str], title: str) -> Figure:
     """Labels bought of each class, round on round."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT + _room(names)), layout="constrained")
     axes = figure.subplots()
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.05, 0.95, len(counts_BD)))
     below_D = np.zeros(len(names))
@@ -289,11 +298,19 @@ def _name_classes(axes: Axes, names: list[str], which: str) -> None:
     if len(names) > FEW:
         axis.set_major_locator(MaxNLocator(5, integer=True))
         return
-    shown = [_short(name) for name in names]
-    upright = which == "x" and max(map(len, shown)) > 2
-    axis.set_ticks(
-        range(len(names)), shown, rotation=60 if upright else 0, ha="right" if upright or which == "y" else "center"
-    )
+    slanted = which == "x" and _slanted(names)
+    place = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    axis.set_ticks(range(len(names)), [_short(name) for name in names], **place)
+
+
+def _slanted(names: list[str]) -> bool:
+    """Whether names do not fit side by side."""
+    return len(names) <= FEW and max(map(len, names), default=0) > 2
+
+
+def _room(names: list[str]) -> float:
+    """Inches that slanted names take."""
+    return 0.06 * max(len(_short(name)) for name in names) if _slanted(names) else 0.0
 
 
 def _short(name: str, most: int = 14) -> str:

@@ -7,8 +7,6 @@ import csv
 import importlib.resources
 from typing import NamedTuple
 
-SOURCE = "Gudovskiy et al., CVPR 2020"
-
 
 class Published(NamedTuple):
     """A method's curve. labels: bought, ascending. accuracy: fractions."""

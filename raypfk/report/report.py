@@ -194,7 +194,8 @@ def _validation(run: Run) -> str:
 def _line(
     name: str, cells: list[Curves], column: str, title: str, solid: str, dashed: tuple[str, str] | None = None
 ) -> Picture | None:
-    known = [cell for cell in cells if cell.known(column)]
+    """None where no cell knows either column."""
+    known = [cell for cell in cells if cell.known(column) or (dashed and cell.known(dashed[0]))]
     if not known:
         return None
     look = figures.looks([cell.name for cell in cells])
@@ -229,9 +230,8 @@ def _beside_published(figure: str | None, cells: list[Curves], run: Run) -> tupl
         what += f"This study has other data ({ours[0]}, {ours[1]:g}x): compare shapes, not numbers. "
     what += f"{found.percent:g} % of the pool before its imbalance stand for one round's {budget:,} labels"
     drawn = figures.beside_published(cells, found, figures.looks([cell.name for cell in cells]))
-    return what, picture(
-        "published", drawn, f"Test accuracy over labels bought, beside the paper's figure {found.name}."
-    )
+    alt = f"Test accuracy over labels bought, beside the paper's figure {found.name}."
+    return what, picture("published", drawn, alt)
 
 
 # ------------------------------------------------------------------------------------------------- one run of a cell

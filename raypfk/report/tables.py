@@ -31,7 +31,7 @@ def points(share: float) -> str:
     return UNKNOWN if not math.isfinite(share) else f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def spread(mean: float, deviation: float) -> str:
+def with_deviation(mean: float, deviation: float) -> str:
     """A mean in percent and its deviation over seeds, if there is one."""
     return f"{100 * mean:.1f} ± {100 * deviation:.1f} %" if math.isfinite(deviation) else percent(mean)
 
@@ -63,9 +63,9 @@ def headline(cells: list[Curves], rounds: int, baseline: Curves | None, validati
     for cell in cells:
         at = rounds - 1
         accuracies = ("test_accuracy", "best_epoch_accuracy", "minority_accuracy")
-        row = [cell.name, *(spread(*(y_B[at] for y_B in cell.summary(name))) for name in accuracies)]
+        row = [cell.name, *(with_deviation(*(y_B[at] for y_B in cell.summary(name))) for name in accuracies)]
         areas_S1 = np.array([list(cell.areas(rounds).values())]).T
-        row.append(spread(*(y_1[0] for y_1 in statistics.mean_and_deviation(areas_S1))))
+        row.append(with_deviation(*(y_1[0] for y_1 in statistics.mean_and_deviation(areas_S1))))
         if baseline:
             row += ["the baseline"] * 2 if cell is baseline else _saved(cell, baseline, rounds)
         seeds = int(np.isfinite(cell.values["test_accuracy"][:, at]).sum())
@@ -117,8 +117,10 @@ def _at(cell: Curves, index: int) -> dict[int, float]:
 def by_round(cells: list[Curves], column: str) -> Table:
     """A column of results: a row for each round, the cells side by side; how many seeds, where not all are there."""
     longest = max(cells, key=lambda cell: cell.rounds)
-    rows = [[f"{i + 1}", count(bought), *(_with_seeds(cell, column, i) for cell in cells)]
-            for i, bought in enumerate(longest.bought_B)]  # fmt: skip
+    rows = [
+        [f"{i + 1}", count(bought), *(_with_seeds(cell, column, i) for cell in cells)]
+        for i, bought in enumerate(longest.bought_B)
+    ]
     return Table(["round", "labels bought", *(cell.name for cell in cells)], rows, words=0)
 
 
@@ -128,7 +130,7 @@ def _with_seeds(cell: Curves, column: str, index: int) -> str:
     y_S = cell.values[column][:, index : index + 1]
     mean, deviation = (y[0] for y in statistics.mean_and_deviation(y_S))
     known = int(np.isfinite(y_S).sum())
-    return spread(mean, deviation) + (f" (n {known})" if 0 < known < len(cell.seeds) else "")
+    return with_deviation(mean, deviation) + (f" (n {known})" if 0 < known < len(cell.seeds) else "")
 
 
 _ESTIMATES = {
