@@ -65,7 +65,7 @@ def experiment(path, out, only, seeds, parallel, assignments, verbose):
     planned = experiments.load(path, configs.assigned(assignments), only, seeds)
     parallel = parallel or planned.parallel
     with session.ray_session(verbose, cpus=experiments.CPUS * (parallel or session.cores())):
-        experiments.run(planned, out, parallel)
+        experiments.run(planned, out, parallel, _command_line())
     study.show(study.open_study(out))
 
 
@@ -115,7 +115,7 @@ def report_command(uri, out):
     """A page on RUN or EXPERIMENT: curves, significance, what was selected and why. Opens from disk."""
     from raypfk.report import report
 
-    click.echo(report.write(uri, out, shlex.join(["raypfk", *sys.argv[1:]])))
+    click.echo(report.write(uri, out, _command_line()))
 
 
 @cli.group()
@@ -208,6 +208,10 @@ def run_command(command: click.Command, args: list[str] | None = None) -> None:
 
 def main() -> None:
     run_command(cli)
+
+
+def _command_line() -> str:
+    return shlex.join(["raypfk", *sys.argv[1:]])
 
 
 def _hear_sigterm() -> threading.Event:

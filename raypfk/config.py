@@ -170,6 +170,8 @@ class VoteConfig(Section):
     neighbours: Positive = 10
     power: Annotated[float, Field(gt=0)] = 1.0
     """`vote`: a score with a center of class y is multiplied by (share of the votes for y) to this power."""
+    grid: Positive = 1
+    """The nearest are found by features of so many by so many places of the image, side by side; 1: their mean."""
 
 
 class MonteCarloConfig(Section):

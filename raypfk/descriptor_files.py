@@ -37,7 +37,8 @@ class Origin:
 
     model, weights: the network, and the first 16 hex digits of its checkpoint's SHA-256. taps; lengths: the numbers
     stored of each. dtype: of a number. directions: fingerprint of the principal directions, null if not projected.
-    vectors: the columns, `VECTORS`; or `GRADIENTS`, of which `lengths` are then the numbers. votes: classes kept.
+    vectors: the columns, `VECTORS`; or `GRADIENTS`, of which `lengths` are then the numbers. votes: classes kept. grid:
+    numbers of a validation image's grid features, 0 where there are none.
     """
 
     model: str
@@ -48,12 +49,14 @@ class Origin:
     directions: str | None
     vectors: tuple[str, ...] = VECTORS
     votes: int = 0
+    grid: int = 0
     format: int = FORMAT
 
     def schema(self, *, validation: bool = False) -> pa.Schema:
         if self.vectors == GRADIENTS:
             return schema.last_layers(*self.lengths, validation=validation)
-        return schema.descriptors(sum(self.lengths), self.dtype, validation=validation, votes=self.votes)
+        more = {"votes": self.votes, "grid": self.grid}
+        return schema.descriptors(sum(self.lengths), self.dtype, validation=validation, **more)
 
 
 class Directions(NamedTuple):
@@ -79,7 +82,7 @@ def full_origin(run: Run, weights: str) -> Origin:
     model = run.config.model
     if run.strategy.kind == "gradients":
         return Origin(model.name, weights, (), (run.classes, run.last_layer_inputs), "float32", None, GRADIENTS)
-    return Origin(model.name, weights, tuple(model.taps), run.lengths, "float32", None)
+    return Origin(model.name, weights, tuple(model.taps), run.lengths, "float32", None, grid=sum(run.grid_lengths))
 
 
 def stored_origin(run: Run, full: Origin, directions: Directions | None) -> Origin:
@@ -89,7 +92,7 @@ def stored_origin(run: Run, full: Origin, directions: Directions | None) -> Orig
     config, fingerprint = run.config, directions.fingerprint if directions else None
     votes = min(config.vote.neighbours, run.classes) if config.label_estimator == "vote" else 0
     dtype = config.descriptors.dtype
-    return replace(full, lengths=run.stored_lengths, dtype=dtype, directions=fingerprint, votes=votes)
+    return replace(full, lengths=run.stored_lengths, dtype=dtype, directions=fingerprint, votes=votes, grid=0)
 
 
 # --------------------------------------------------------------------------------------------- tensors and columns
@@ -149,9 +152,10 @@ def votes_of(table: pa.Table) -> tuple[Tensor, Tensor]:
 def write(path: str, table: pa.Table, run_id: str, origin: Origin) -> None:
     """Descriptors are noise to a compressor; what stands beside them is not."""
     table = stamp(table.replace_schema_metadata({KEY: json.dumps(asdict(origin))}), run_id)
-    others = [name for name in table.column_names if name not in origin.vectors]
+    vectors = [name for name in (*origin.vectors, schema.GRID) if name in table.column_names]
+    others = [name for name in table.column_names if name not in vectors]
     leaves = [f"{name}.list.element" if name.startswith("vote_") else name for name in others]
-    compression = dict.fromkeys(origin.vectors, "none") | dict.fromkeys(leaves, "zstd")
+    compression = dict.fromkeys(vectors, "none") | dict.fromkeys(leaves, "zstd")
     store.write_table(path, table, compression, use_dictionary=leaves[1:], write_statistics=leaves)
 
 
@@ -196,9 +200,14 @@ def read_validation(
     if weights is None:
         weights = origin_of(path, store.read_table(path, ["image_id"])).weights
     expected = full_origin(run, weights)
-    names = [name for name in expected.schema(validation=True).names if name not in expected.vectors]
+    names = [name for name in expected.schema(validation=True).names if name not in (*expected.vectors, schema.GRID)]
     table, described = read(run, path, expected, run.uri, names)
     return table, described, expected
+
+
+def read_grid(run: Run, round: int) -> Tensor:
+    """The validation images' grid features (M, L') float32, in the order of validation.parquet."""
+    return tensor(run.read(run.round(round).validation, columns=[schema.GRID])[schema.GRID], "float32")
 
 
 def read_centers(run: Run, round: int) -> tuple[pa.Table, Descriptors, Origin]:
@@ -225,7 +234,7 @@ def origin_of(path: str, table: pa.Table) -> Origin:
         raise UserError(f"{path}: {KEY}: expected a JSON object, found {text[:60]!r}")
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: {KEY} has format {record.get('format')!r}, expected {FORMAT}")
-    newer = {"vectors": VECTORS, "votes": 0}
+    newer = {"vectors": VECTORS, "votes": 0, "grid": 0}
     values = {f.name: record.get(f.name, newer.get(f.name)) for f in fields(Origin)}
     return Origin(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 

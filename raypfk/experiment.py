@@ -111,17 +111,18 @@ def load(path: str, settings: dict[str, Any], only: tuple[str, ...] = (), seeds:
         "figure": experiment.figure,
         "seeds": sorted({*experiment.seeds, *chosen}),
         "cells": {name: {"published": cell.published} for name, cell in cells.items()},
-        "set": settings,
-        "path": path,
     }
     return Plan(record, jobs, experiment.parallel, experiment.retries)
 
 
-def run(plan: Plan, out: str, parallel: int | None = None) -> None:
-    """Do all runs of the plan, or what is left of them. RunError that names those which failed, once all have ended."""
+def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
+    """Do all runs of the plan, or what is left of them. RunError that names those which failed, once all have ended.
+
+    command: what asked for it, as the report says.
+    """
     out = store.absolute(out)
     with lease.held(out):
-        store.write_json(store.join(out, study.RECORD), plan.record)
+        store.write_json(store.join(out, study.RECORD), plan.record | {"command": command})
         parallel = _parallel(parallel, len(plan.jobs))
         jobs = _with_starts(_with_pools(plan.jobs, out), out, parallel)
         failed = _side_by_side(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raypfk.errors import UserError
-from raypfk.pfk.descriptors import TapReader, spatial_mean
+from raypfk.pfk.descriptors import TapReader, grid_features
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -123,8 +123,11 @@ def replace_last_layer(net: Module, classes: int, seed: int) -> Module:
     return net
 
 
-def check_taps(net: nn.Module, taps: Sequence[str], channels: int, size: int) -> tuple[int, ...]:
-    """Lengths L_j of the scales that the taps give, from one black image; UserError where they cannot be read."""
+def check_taps(net: nn.Module, taps: Sequence[str], channels: int, size: int, grid: int = 1) -> tuple[int, ...]:
+    """Lengths L_j of the scales that the taps give, from one black image; UserError where they cannot be read.
+
+    grid: of `pfk.grid_features` instead.
+    """
     layers = [path for path, _ in net.named_modules() if path]
     for i, tap in enumerate(taps):
         if tap not in layers:
@@ -136,7 +139,7 @@ def check_taps(net: nn.Module, taps: Sequence[str], channels: int, size: int) ->
     try:
         reader = TapReader(copy.deepcopy(net), taps)  # a copy, because a reader freezes its network for good
         _, outputs = reader(torch.zeros(1, channels, size, size, device=weight.device, dtype=weight.dtype))
-        lengths = tuple(spatial_mean(output.detach()).shape[1] for output in outputs)
+        _, lengths = grid_features(outputs, grid)
     except ValueError as error:
         raise UserError(f"model.taps: {error}") from None
     except (RuntimeError, AssertionError) as error:

@@ -189,6 +189,18 @@ class Run:
         image = self.image
         return models.check_taps(self.architecture.build(), self.config.model.taps, image.channels, image.size)
 
+    @property
+    def grid(self) -> int:
+        """Side of the grid of places that the label estimator's neighbours are found by; 1 where it asks for none."""
+        return self.config.vote.grid if self.config.label_estimator in ("vote", "soft") else 1
+
+    @cached_property
+    def grid_lengths(self) -> tuple[int, ...]:
+        """Of the scales by which the label estimator finds neighbours, where `grid` is above 1; else none."""
+        net, image = self.architecture.build(), self.image
+        wanted = (self.config.model.taps, image.channels, image.size, self.grid)
+        return models.check_taps(net, *wanted) if self.grid > 1 else ()
+
     @cached_property
     def last_layer_inputs(self) -> int:
         """Numbers that the last layer takes. UserError where it is not linear."""

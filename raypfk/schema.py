@@ -34,11 +34,17 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 """Of one number of a descriptor, by its dtype."""
 
 
-def descriptors(length: int, dtype: str = "float32", *, validation: bool = False, votes: int = 0) -> pa.Schema:
+GRID = "grid_features"
+
+
+def descriptors(
+    length: int, dtype: str = "float32", *, validation: bool = False, votes: int = 0, grid: int = 0
+) -> pa.Schema:
     """Schema of descriptor shards: unit-length features z and Fisher scores g per scale, L numbers side by side.
 
     A vector is one value of L numbers' bytes, little-endian: as a list, Parquet would take each int8 for four bytes,
-    have no bfloat16, and write and read 4 to 20 times slower. votes: classes that are kept of an image's.
+    have no bfloat16, and write and read 4 to 20 times slower. votes: classes that are kept of an image's. grid: numbers
+    of the features, float32, by which votes are cast.
     """
     width = length * ITEM_BYTES[dtype]
     fields = _described({"features": width, "fisher": width}, validation)
@@ -47,6 +53,8 @@ def descriptors(length: int, dtype: str = "float32", *, validation: bool = False
             pa.field("vote_classes", pa.list_(pa.int32(), votes), nullable=False),  # most votes first, -1 for none
             pa.field("vote_shares", pa.list_(pa.float32(), votes), nullable=False),
         ]
+    if grid:
+        fields.append(pa.field(GRID, pa.binary(4 * grid), nullable=False))
     return pa.schema(fields)
 
 

@@ -36,7 +36,7 @@ def done(tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("experiment")
     plan, out = experiment.load(files(folder), {}), str(folder / "out")
     with pytest.raises(RunError) as error:
-        experiment.run(plan, out, parallel=2)
+        experiment.run(plan, out, 2, "raypfk experiment")
     return out, plan, str(error.value)
 
 
@@ -85,7 +85,7 @@ def test_what_is_done_is_not_done_again(done, tmp_path):
     watched = ("rounds/000/checkpoint/model.pt", "rounds/001/descriptors", "rounds/001/checkpoint/model.pt")
     paths = [os.path.join(study.run_dir(out, "pfk, votes", 3), name) for name in watched]
     before = [os.stat(path).st_mtime_ns for path in paths]
-    experiment.run(good, out, parallel=2)
+    experiment.run(good, out, 2, "raypfk experiment")
     assert [os.stat(path).st_mtime_ns for path in paths] == before
 
 

@@ -8,12 +8,12 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from raypfk import descriptor_files, loop, models, status, store
+from raypfk import descriptor_files, loop, models, pfk, status, store
 from raypfk.errors import RunError, UserError, WaitingForLabels
-from raypfk.pfk import Descriptors, TopK
+from raypfk.pfk import Descriptors, TapReader, TopK
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, LABELS, SELECTION, descriptors
-from raypfk.stages import acquire, extract, score
+from raypfk.stages import acquire, extract, score, stream
 from raypfk.stages.acquire import pick
 from tests import tiny
 
@@ -323,6 +323,36 @@ def test_votes_weigh_the_scores(tmp_path, power):
     for candidate, row, score_ in zip(candidates, rows.tolist(), scores.tolist(), strict=True):
         share = shares[candidate["image_id"]].get(labels[row], 0.0)
         assert candidate["score"] == pytest.approx(score_ * share**power, rel=1e-5, abs=1e-7)
+
+
+def test_votes_by_places_of_the_image(tmp_path):
+    """`vote.grid`: neighbours are those by grid features, of one network for the validation set and the pool alike."""
+    run = tiny.begin(tiny.config(label_estimator="vote", vote={"neighbours": 5, "grid": 3}), tmp_path / "run")
+    loop.do_stage(run, 1, "extract")
+    network = stream.network_of(run, 0)
+    reader, taps = TapReader(network.load()[0], run.config.model.taps), run.config.model.taps
+    assert run.grid_lengths == (10 * 9, 20 * 1, 50) and len(taps) == 3  # conv2 has one place left of 16 x 16 pixels
+
+    def described(split: str) -> tuple[torch.Tensor, list[str]]:
+        found, ids = [], []
+        for shard in run.pool.shards(split):
+            batch = stream.Decoder(run.pool, run.image)({"item": [shard]})
+            parts = []
+            for rows, x in stream.batches(batch["image"], run.image, run.config.model.batch_size, torch.device("cpu")):
+                parts.append(pfk.standardise(pfk.grid_features(reader(x)[1], 3)[0], run.grid_lengths)[:rows])
+            found.append(torch.cat(parts))
+            ids += batch["image_id"].tolist()
+        return torch.cat(found), ids
+
+    table, _, _ = descriptor_files.read_validation(run, 1)
+    trusted, ids = described("validation")
+    assert table["image_id"].to_pylist() == ids and descriptor_files.read_grid(run, 1).equal(trusted)
+    pool, ids = described("pool")
+    labels = torch.from_numpy(table["label"].to_numpy().copy())
+    expected = pfk.vote(pool, trusted, labels, pfk.Kernel("pcc", run.grid_lengths), 5).labels.tolist()
+    paths = store.paths(run.round(1).descriptors, ".parquet")
+    estimated = pa.concat_tables(run.read(p, columns=["image_id", "estimated_label"]) for p in paths)
+    assert dict(zip(ids, expected, strict=True)) == dict(zip(*estimated.to_pydict().values(), strict=True))
 
 
 @pytest.mark.parametrize("candidates", [score._CANDIDATES, 300])

@@ -100,6 +100,24 @@ def features(taps: Sequence[Tensor]) -> Tensor:
     return torch.cat([spatial_mean(t.detach()) for t in taps], dim=1)
 
 
+def grid_features(taps: Sequence[Tensor], side: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Features that know where: the means of each tap over the cells of a grid, and the lengths of their scales.
+
+    A tap (N, C, H, W) has at most side x side cells, at most one for each of its H and W, which may overlap where these
+    do not divide; channel by channel, their means side by side. Other taps are as `features` has them, as all are with
+    side 1. Returns ((N, L'), lengths), float32 or better, without a graph. Spatial pyramids: Lazebnik et al. 2006.
+    """
+    parts = [_cells(t.detach(), side) for t in taps]
+    return torch.cat(parts, dim=1), tuple(part.shape[1] for part in parts)
+
+
+def _cells(t: Tensor, side: int) -> Tensor:
+    if t.ndim != 4 or side == 1:
+        return spatial_mean(t)
+    size = tuple(min(side, extent) for extent in t.shape[2:])
+    return F.adaptive_avg_pool2d(t.to(torch.promote_types(t.dtype, torch.float32)), size).flatten(1)
+
+
 def fisher_scores(logits: Tensor, taps: Sequence[Tensor], labels: Tensor, retain_graph: bool = False) -> Tensor:
     """Fisher scores g, (N, L): spatial mean of dL_i / d(tap output), L_i the cross-entropy of image i (section 4.2).
 

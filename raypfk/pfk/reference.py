@@ -22,6 +22,26 @@ def spatial_mean(t: Tensor) -> list[list[float]]:
     return [[sum(c.flatten().tolist()) / c.numel() for c in image] for image in t]
 
 
+def grid_means(t: Tensor, side: int) -> list[list[float]]:
+    """Of each image (C, H, W) and channel, the means of side x side cells, row by row; of fewer, where H or W is less.
+
+    Cell i of n over H rows has those from floor(i H / n) to before ceil((i + 1) H / n).
+    """
+    found = []
+    for image in t.double():
+        rows, columns = (min(side, extent) for extent in image.shape[1:])
+        means = []
+        for channel in image.tolist():
+            for i in range(rows):
+                for j in range(columns):
+                    top, left = i * len(channel) // rows, j * len(channel[0]) // columns
+                    bottom, right = -(-(i + 1) * len(channel) // rows), -(-(j + 1) * len(channel[0]) // columns)
+                    cell = [channel[y][x] for y in range(top, bottom) for x in range(left, right)]
+                    means.append(sum(cell) / len(cell))
+        found.append(means)
+    return found
+
+
 def fisher_scores(net: nn.Module, names: Sequence[str], images: Tensor, labels: Tensor) -> list[list[float]]:
     """Section 4.2: dL/d(tap output), averaged over places; one image at a time, autograd through the whole network."""
     net = copy.deepcopy(net).double().eval().requires_grad_(True)

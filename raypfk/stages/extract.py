@@ -79,7 +79,8 @@ def _descriptors(run: Run, round: int, facts: dict) -> None:
     directions = descriptor_files.fit_directions(run, round, described)
     reference = None
     if estimator in REFERRING:
-        reference = ray.put(described.z.numpy()), ray.put(validation["label"].to_numpy())
+        z_ML = descriptor_files.read_grid(run, round) if run.grid > 1 else described.z
+        reference = ray.put(z_ML.numpy()), ray.put(validation["label"].to_numpy())
     origin = descriptor_files.stored_origin(run, full, directions)
     method = describe(run, round, origin, estimator, reference, directions)
     images = _pool(run, round, networks, method, facts, ("label",) if estimator == "true" else ())
@@ -94,7 +95,7 @@ def describe(
     """How the run's images become descriptors, by this label estimator."""
     config = run.config
     needs_fisher = run.strategy.kind == "kernel" and run.kernel().name != "pcc"
-    told = (config.vote, config.monte_carlo, run.seed("monte carlo", round))
+    told = (config.vote, config.monte_carlo, run.seed("monte carlo", round), run.grid)
     return Describe(origin, tuple(config.model.taps), estimator, needs_fisher, *told, reference, directions)
 
 

@@ -19,7 +19,7 @@ from raypfk.descriptor_files import Directions, Origin
 from raypfk.pfk import Descriptors, Kernel, LastLayer, McDropout, TapReader
 from raypfk.run import stamp
 from raypfk.salts import salts
-from raypfk.schema import SCORES
+from raypfk.schema import GRID, SCORES
 from raypfk.stages.stream import Maybe, NetworkSpec, value
 from raypfk.strategies import Strategy
 
@@ -62,6 +62,8 @@ class Describe:
 
     fisher: False leaves the Fisher scores zero and costs no backward. seed: of the Monte Carlo samples.
     reference: for the estimators of neighbours, the validation set's features (M, L) float32 and labels (M,) int64.
+    grid: where it is above 1, these are grid features (M, L') of so many by so many places, which a description of the
+    validation set, without reference, keeps.
     directions: if given, descriptors are projected on them once the label is estimated.
     """
 
@@ -72,6 +74,7 @@ class Describe:
     vote: VoteConfig
     monte_carlo: MonteCarloConfig
     seed: int
+    grid: int = 1
     reference: tuple[Maybe, Maybe] | None = None
     directions: Directions | None = None
 
@@ -85,7 +88,8 @@ class Describe:
     def table(self, image_id: pa.Array, columns: Columns) -> pa.Table:
         described = Descriptors(columns.pop("features"), columns.pop("fisher"))
         votes = {name: columns.pop(name) for name in ("vote_classes", "vote_shares") if name in columns}
-        others = {name: x.numpy() for name, x in columns.items()}
+        grid = {GRID: descriptor_files.column(columns.pop(GRID))} if GRID in columns else {}
+        others = {name: x.numpy() for name, x in columns.items()} | grid
         others |= {name: descriptor_files.votes_column(x) for name, x in votes.items()}
         return descriptor_files.encode({"image_id": image_id, **others}, described, self.origin)
 
@@ -105,17 +109,27 @@ class _Describer:
         logits, taps = self.reader(x)
         lengths = pfk.lengths(taps)
         z = pfk.standardise(pfk.features(taps), lengths)
-        target, columns = self._estimate(x, z, pfk.predicted(logits), Kernel("pcc", lengths), rows)
+        near_BL, scales, columns = z, lengths, {}
+        if told.grid > 1:
+            near_BL, scales = pfk.grid_features(taps, told.grid)
+            near_BL = pfk.standardise(near_BL, scales)
+            columns = {} if told.reference else {GRID: near_BL}
+        target, estimates = self._estimate(x, near_BL, pfk.predicted(logits), Kernel("pcc", scales), rows)
         g = pfk.standardise(pfk.fisher_scores(logits, taps, target), lengths) if told.fisher else torch.zeros_like(z)
         if told.directions:
             z, g = told.directions.project(Descriptors(z, g))
-        columns = {"features": z, "fisher": g} | columns
+        columns |= {"features": z, "fisher": g} | estimates
         if "label" in rows:
             columns["label"] = torch.from_numpy(rows["label"].copy())
         return {name: tensor[:count].detach().cpu() for name, tensor in columns.items()}
 
-    def _estimate(self, x: Tensor, z: Tensor, predicted: Tensor, kernel: Kernel, rows: Rows) -> tuple[Tensor, Columns]:
-        """What the Fisher scores are of, classes (B,) or soft labels (B, D); and the columns about labels."""
+    def _estimate(
+        self, x: Tensor, near_BL: Tensor, predicted: Tensor, kernel: Kernel, rows: Rows
+    ) -> tuple[Tensor, Columns]:
+        """What the Fisher scores are of, classes (B,) or soft labels (B, D); and the columns about labels.
+
+        near_BL, kernel: the features by which neighbours are found, and how alike two are.
+        """
         told, more = self.told, {}
         match told.estimator:
             case "predicted":
@@ -123,9 +137,9 @@ class _Describer:
             case "true":
                 target = estimated = _padded(rows["label"], predicted)
             case "neighbour":
-                target = estimated = pfk.neighbour(z, *self.reference, kernel)[0]
+                target = estimated = pfk.neighbour(near_BL, *self.reference, kernel)[0]
             case "vote" | "soft":
-                voted = pfk.vote(z, *self.reference, kernel, told.vote.neighbours)
+                voted = pfk.vote(near_BL, *self.reference, kernel, told.vote.neighbours)
                 estimated = voted.labels
                 target = voted.soft(self.classes) if told.estimator == "soft" else estimated
                 if told.origin.votes:

@@ -8,7 +8,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from raypfk.pfk import TapReader, features, fisher_scores, lengths, reference, spatial_mean, standardise
+from raypfk.pfk import (
+    TapReader,
+    features,
+    fisher_scores,
+    grid_features,
+    lengths,
+    reference,
+    spatial_mean,
+    standardise,
+)
 from raypfk.pfk.descriptors import class_scores, logit_slope
 
 from .strategies import lengths as some_lengths
@@ -292,6 +301,23 @@ def test_spatial_mean_is_the_mean_of_each_channel(shape, n, seed):
     torch.testing.assert_close(spatial_mean(t).double(), expected, rtol=0, atol=1e-6)
     assert spatial_mean(t.half()).dtype == torch.float32
     assert lengths([t]) == (spatial_mean(t).shape[1],)
+
+
+@quick
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 7), st.integers(1, 7), st.integers(1, 5), seeds)
+def test_grid_features_are_the_means_of_cells(n, channels, height, width, side, seed):
+    """As the loops have them, channel by channel; beside them a vector tap as it is; side 1 is the spatial mean."""
+    generator = torch.Generator().manual_seed(seed)
+    taps = [torch.randn(n, channels, height, width, generator=generator), torch.randn(n, 3, generator=generator)]
+    found, scales = grid_features(taps, side)
+    cells = channels * min(side, height) * min(side, width)
+    assert scales == (cells, 3) and found.shape == (n, cells + 3)
+    expected = torch.tensor(reference.grid_means(taps[0], side), dtype=torch.float64).reshape(n, cells)
+    torch.testing.assert_close(found[:, :cells].double(), expected, rtol=0, atol=1e-6)
+    assert found[:, cells:].equal(taps[1])
+    assert grid_features(taps, 1)[0].equal(features(taps)) and grid_features(taps, 1)[1] == lengths(taps)
+    for i in range(n):  # whatever the batch mates
+        assert grid_features([tap[i : i + 1] for tap in taps], side)[0].equal(found[i : i + 1])
 
 
 def test_spatial_mean_refuses_other_shapes():
