@@ -19,7 +19,7 @@ from ray.train import FailureConfig
 from raypfk import store
 from raypfk.errors import RunError
 from raypfk.run import Run
-from raypfk.stages import train
+from raypfk.stages import fitting, train
 from tests import driver, tiny
 from tests.driver import Driver
 
@@ -105,18 +105,18 @@ def test_workers_that_die_again_and_again(ray_session, tmp_path, monkeypatch):
     worker = train.train_worker
 
     def dying(settings: dict) -> dict:
-        keep = train._Keeper.keep
+        keep = fitting.Keeper.keep
 
         def keep_and_die(keeper) -> None:
             keep(keeper)
             if train._kept(settings["job"])["epochs"] < 3:
                 os._exit(9)
 
-        train._Keeper.keep = keep_and_die
+        fitting.Keeper.keep = keep_and_die
         return worker(settings)
 
     monkeypatch.setattr(train, "train_worker", dying)
-    monkeypatch.setattr(train, "FailureConfig", lambda max_failures: FailureConfig(max_failures=0))
+    monkeypatch.setattr(fitting, "FailureConfig", lambda max_failures: FailureConfig(max_failures=0))
     assert train.train(run, 1)["epochs"] == 3
 
 

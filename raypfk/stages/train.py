@@ -4,14 +4,8 @@ first round rotation pretraining (Gidaris et al. 2018), or random weights.
 Every draw of randomness is seeded by (run, round, epoch): an interrupted training goes on to the same weights.
 """
 
-import copy
-import io
 import math
-import signal
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,16 +15,16 @@ import ray.train
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.torch import prepare_model
 
-from raypfk import augment, models, progress, session, store
+from raypfk import augment, models, progress, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError
 from raypfk.models import Architecture
 from raypfk.pool import Shard
 from raypfk.rejects import Rejects, TooMany
 from raypfk.run import ImageSpec, Run
+from raypfk.stages import fitting
 from raypfk.stages.stream import Decoder, checkpoint_of, decoded, normalise, rejects_of
 
 ROTATIONS = 4
@@ -40,11 +34,6 @@ MONITORED = 1024
 """Test images of a forward pass."""
 SHUFFLE_ROWS = 16384
 """Rows of the local shuffle buffer when streaming."""
-KEEP_SECONDS = 30.0
-"""A finished epoch is kept if the last one kept is older. What a lost worker loses is bounded by this and an epoch, and
-by nothing it could do at the end: Ray ends a process without a word to the thread that trains in it."""
-
-
 KEPT = ("meta", "epochs", "loss", "monitored", "net", "optimizer")
 """Of an interrupted training."""
 
@@ -202,62 +191,19 @@ def _passes(images: int) -> dict:
 
 def _fit(run: Run, job: Job, datasets: dict[str, ray.data.Dataset]) -> dict:
     config = job.config
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker=_per_worker(config),
-        ),
-        run_config=RunConfig(
-            # Ray Train goes on silently with an earlier run of the same name: one name a round.
-            name=f"{run.id[:12]}-round-{job.meta['round']:03d}-{job.meta['member']}",
-            storage_path=config.storage or store.join(run.uri, "ray_train"),
-            failure_config=FailureConfig(max_failures=3),  # Ray does not count nodes that said they would go
-        ),
-        datasets=datasets,
-        # Workers that hold the data see all of it and share each batch; streaming ones get equal splits.
-        dataset_config=ray.train.DataConfig(datasets_to_split=[] if job.hold else ["train"]),
-    )
-    least = config.min_workers or config.workers
-    session.require("training", CPU=least * config.threads, GPU=least * config.gpus_per_worker)
-    with _interruptible():
-        facts = _fit_while_it_goes_on(trainer, job)
+    name = f"round-{job.meta['round']:03d}-{job.meta['member']}"
+    # Workers that hold the data see all of it and share each batch; streaming ones get equal splits.
+    split = [] if job.hold else ["train"]
+
+    def kept() -> str:
+        done = _kept(job)["epochs"]
+        return f"epoch {done} of {config.epochs}" if done else ""
+
+    facts = fitting.fit(run, name, train_worker, job, config, datasets, split, kept)
     if not math.isfinite(facts["loss"]):
         loss, epoch = facts["loss"], facts["epochs"]
         raise RunError(f"training diverged in epoch {epoch}: the loss is {loss}; a smaller lr may help")
     return facts
-
-
-def _fit_while_it_goes_on(trainer: TorchTrainer, job: Job) -> dict:
-    """What the workers return. A long training may lose any number of them, but not too many in the same epochs."""
-    while True:
-        kept = _kept(job)["epochs"]
-        if kept:
-            progress.current().say(f"training goes on after epoch {kept} of {job.config.epochs}")
-        try:
-            return trainer.fit().return_value
-        except WorkerGroupError:
-            if _kept(job)["epochs"] == kept:
-                raise
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train answers Ctrl-C by ending the program as if all were well, and goes on doing so after it is done."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
-
-
-def _per_worker(config: TrainConfig) -> dict[str, float]:
-    return {"CPU": config.threads} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
 
 
 def train_worker(settings: dict) -> dict:
@@ -267,26 +213,15 @@ def train_worker(settings: dict) -> dict:
     that is not finite is for the driver to raise: of what is raised here Ray Train thinks that it may not happen again.
     """
     job: Job = settings["job"]
-    # Without workers this is the driver's own process.
-    with _threads(job.config.threads), torch.random.fork_rng(devices=[]):
+    with fitting.threads(job.config.threads), torch.random.fork_rng(devices=[]):
         return _train(job)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _train(job: Job) -> dict:
     config, context = job.config, ray.train.get_context()
     net, kept = _start(job)
     done, loss, monitored = kept["epochs"], kept["loss"], kept["monitored"]
-    device = get_device() if config.gpus_per_worker else torch.device("cpu")
+    device = fitting.device(config)
     model = prepare_model(net.to(device)) if context.get_world_size() > 1 or config.gpus_per_worker else net
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -295,7 +230,8 @@ def _train(job: Job) -> dict:
         optimizer.load_state_dict(kept["optimizer"])
     data, monitor = _held(job) if job.hold else _streamed(job), _monitor(job, device)
     bar = progress.current().bar("pretrain" if job.rotate else "train", config.epochs, "epochs")
-    with _Keeper(job, context.get_world_rank() == 0) as keeper, bar as advance:
+    first = context.get_world_rank() == 0
+    with fitting.Keeper(job.partial, config.checkpoint_every, first) as keeper, bar as advance:
         advance(done)
         while done < config.epochs:
             for group in optimizer.param_groups:
@@ -305,7 +241,11 @@ def _train(job: Job) -> dict:
             if not math.isfinite(loss):
                 break
             monitored = [*monitored, *monitor(net)]
-            keeper.epoch(net, optimizer, {"epochs": done, "loss": loss, "monitored": monitored})
+            last = done == config.epochs
+            if first and last and job.output:
+                store.write_bytes(job.output, models.save(net, job.meta))
+            state = {"meta": job.meta, "epochs": done, "loss": loss, "monitored": monitored, "net": net.state_dict()}
+            keeper.finished(state | {"optimizer": optimizer.state_dict()}, done, last)
             advance(1)  # and nothing to ray.train.report, which takes 2 s an epoch, the period of its controller
     return {"loss": loss, "epochs": done} | ({"monitored": monitored} if monitored else {})
 
@@ -355,7 +295,7 @@ def _monitor(job: Job, device: torch.device):
     """The network -> [its accuracy on the test set], by the first worker; [] where it is not asked for."""
     if job.rotate or not job.config.monitor or ray.train.get_context().get_world_rank():
         return lambda net: []
-    image, label = _all_of("test", "image", "label")
+    image, label = fitting.all_of("test", "image", "label")
 
     def accuracy(net: torch.nn.Module) -> list[float]:
         net.eval()
@@ -369,26 +309,16 @@ def _monitor(job: Job, device: torch.device):
     return accuracy
 
 
-def _all_of(name: str, *columns: str) -> list[torch.Tensor]:
-    """Columns of all of a data set, in the order of image_id whatever order it came in."""
-    parts = list(ray.train.get_dataset_shard(name).iter_batches(batch_size=None))
-    order = np.argsort(np.concatenate([p["image_id"] for p in parts]))
-    return [torch.from_numpy(np.concatenate([p[column] for p in parts])[order]) for column in columns]
-
-
 def _held(job: Job):
     """All the data in memory; epoch -> its batches."""
-    image, *labels = _all_of("train", "image", *([] if job.rotate else ["label"]))
+    image, *labels = fitting.all_of("train", "image", *([] if job.rotate else ["label"]))
     label = labels[0] if labels else torch.zeros(len(image), dtype=torch.int64)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    world = ray.train.get_context().get_world_size()
 
     def epoch_batches(epoch: int):
         shuffled = _shuffled(label, job.config.balanced, torch.Generator().manual_seed(job.seed + epoch))
         for rows in _batches_of(shuffled, job.config.batch_size, 2 * world):
-            # Every worker has a like share of every batch, or gradient averaging would wait for ever.
-            missing = -len(rows) % world
-            rows = torch.cat([rows, shuffled[:1].expand(missing)])[rank::world]
+            rows = fitting.share(rows, shuffled[:1])
             yield image[rows], label[rows]
 
     return epoch_batches
@@ -451,42 +381,4 @@ def _start(job: Job) -> tuple[torch.nn.Module, dict]:
 
 
 def _kept(job: Job) -> dict:
-    if store.exists(job.partial):
-        kept = models.unpack(store.read_bytes(job.partial), job.partial, KEPT)
-        if kept["meta"] == job.meta:
-            return kept
-    return {"epochs": 0, "loss": None, "monitored": []}
-
-
-class _Keeper:
-    """Weights after the last epoch to `output`; now and then, and however it ends, all that is needed to go on to
-    `partial`. writes: whether this worker does."""
-
-    def __init__(self, job: Job, writes: bool):
-        self._job, self._writes, self._last, self._not_kept = job, writes, time.monotonic(), None
-
-    def __enter__(self) -> "_Keeper":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.keep()
-
-    def epoch(self, net: torch.nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> None:
-        if not self._writes:
-            return
-        job, epochs = self._job, facts["epochs"]
-        last = epochs == job.config.epochs
-        if last and job.output:
-            store.write_bytes(job.output, models.save(net, job.meta))
-        state = {"meta": job.meta, **facts, "net": net.state_dict()}
-        self._not_kept = copy.deepcopy(state | {"optimizer": optimizer.state_dict()})  # the next epoch changes them
-        if last or epochs % job.config.checkpoint_every == 0 or time.monotonic() - self._last > KEEP_SECONDS:
-            self.keep()
-
-    def keep(self) -> None:
-        """The last finished epoch, unless it is kept."""
-        if self._not_kept:
-            buffer = io.BytesIO()
-            torch.save(self._not_kept, buffer)
-            store.write_bytes(self._job.partial, buffer.getvalue())
-            self._not_kept, self._last = None, time.monotonic()
+    return fitting.kept(job.partial, job.meta, KEPT) or {"epochs": 0, "loss": None, "monitored": []}
