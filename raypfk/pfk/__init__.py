@@ -1,8 +1,8 @@
 """The mathematics of Fisher-kernel active learning (Gudovskiy et al., CVPR 2020, section 4): no Ray, no files.
 
 descriptors (z, g) -> labels (S) -> kernel -> topk (candidates), with centers and acquire around it; `compress` makes
-descriptors smaller; `uncertainty` (by `dropout`) and `greedy` are the rivals'; `reference` says the same in float64
-loops. It is torch, but for two compiled inner loops: `loops` for CPUs (Numba), `fused` for GPUs (Triton).
+descriptors smaller; `uncertainty` (by `dropout`), `greedy` and `vaal` are the rivals'; `reference` says the same in
+float64 loops. It is torch, but for two compiled inner loops: `loops` for CPUs (Numba), `fused` for GPUs (Triton).
 """
 
 from raypfk.pfk.acquire import Picks, merge_picks, rank_by_rank

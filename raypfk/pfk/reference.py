@@ -315,5 +315,32 @@ def _similarity(a: Vector, b: Vector) -> float:
     return round((1 + cosine) / 2 * 2**24) / 2**24
 
 
+def vae_loss(image: Sequence[Vector], decoded: Sequence[Vector], mean, logvar, beta: float) -> float:
+    """Of each image its numbers, those decoded, and those of q(z|x): mean squared error + beta sum of divergences."""
+    squares = [(x - y) ** 2 for a, b in zip(image, decoded, strict=True) for x, y in zip(a, b, strict=True)]
+    pairs = [pair for m, v in zip(mean, logvar, strict=True) for pair in zip(m, v, strict=True)]
+    divergence = math.fsum(-(1 + v - m**2 - math.exp(v)) / 2 for m, v in pairs)
+    return math.fsum(squares) / len(squares) + beta * divergence
+
+
+def deceive(labelled: Vector, unlabelled: Vector) -> float:
+    """The cross-entropies, each a mean, of calling both labelled."""
+    return _mean([_surprise(x) for x in labelled]) + _mean([_surprise(x) for x in unlabelled])
+
+
+def tell_apart(labelled: Vector, unlabelled: Vector) -> float:
+    """The cross-entropies, each a mean, of calling the labelled so and the unlabelled not."""
+    return _mean([_surprise(x) for x in labelled]) + _mean([_surprise(-x) for x in unlabelled])
+
+
+def _surprise(logit: float) -> float:
+    """-ln of the sigmoid, ln(1 + exp(-logit))."""
+    return max(-logit, 0.0) + math.log1p(math.exp(-abs(logit)))
+
+
+def _mean(values: Vector) -> float:
+    return math.fsum(values) / len(values)
+
+
 def _float32(value: float) -> float:
     return torch.tensor(value, dtype=torch.float64).float().item()
