@@ -202,6 +202,29 @@ class ElsewhereConfig(Section):
     """A strategy by chance: random, class-balanced, or one's own."""
 
 
+class VaalConfig(Section):
+    """Strategy `vaal`: the variational autoencoder (VAE) and the discriminator that are trained each round, by the
+    workers of `train`. What is not said to be ours is the authors' program's."""
+
+    steps: Positive = 500
+    """Each is `vae_steps` updates of the VAE and one of the discriminator. Ours, as a CPU can: the program's are 100
+    epochs of all images, labelled or not, 39,062 of CIFAR-10's 50,000."""
+    batch_size: Annotated[int, Field(ge=2, le=2**31 - 1)] = 128
+    """Labelled images of an update, and as many unlabelled ones, over all workers."""
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    """Of Adam, for both networks."""
+    width: Positive = 16
+    """Channels after the VAE's first convolution; three more double them. Ours, as a CPU can: the program's are 128."""
+    latent: Positive = 32
+    """Numbers of an image that the discriminator sees."""
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the VAE's divergence: the sum over a batch, beside the mean squared error of its pixels."""
+    adversary: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of deceiving the discriminator."""
+    vae_steps: Positive = 2
+    """Updates of the VAE in a step."""
+
+
 class TrainConfig(Section):
     epochs: Positive
     batch_size: Positive
@@ -287,6 +310,7 @@ class Config(Section):
     vote: VoteConfig = VoteConfig()
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
+    vaal: VaalConfig = VaalConfig()
     scale_weight: Literal["length", "length-squared", "equal"] = "length"
     descriptors: DescriptorsConfig = DescriptorsConfig()
     budget: Positive

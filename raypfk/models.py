@@ -69,12 +69,20 @@ def build(name: str, channels: int, classes: int, size: int, seed: int, dropout:
             return LeNet(channels, classes, size)
         return _take_channels(_torchvision(name, classes), channels)
 
-    net = _seeded(make, seed)
+    net = seeded(make, seed)
     net.name = name
     if dropout:
         last = last_layer(net)
         net.set_submodule(_last(net, nn.Linear)[0], _dropped(last, dropout))
     return net
+
+
+def seeded(make: Callable[[], Module], seed: int) -> Module:
+    """What `make` makes of random numbers from this seed; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would seed the GPUs' generators too, for good.
+        torch.default_generator.manual_seed(seed)
+        return make()
 
 
 def _dropped(layer: nn.Linear, dropout: float) -> _DroppedLinear:
@@ -114,11 +122,11 @@ def replace_last_layer(net: Module, classes: int, seed: int) -> Module:
     if old is None:
         raise UserError(f"model.name: {_name(net)} has no linear and no convolutional layer to start anew")
     if isinstance(old, nn.Linear):
-        new = _seeded(lambda: nn.Linear(old.in_features, classes, bias=old.bias is not None), seed)
+        new = seeded(lambda: nn.Linear(old.in_features, classes, bias=old.bias is not None), seed)
         if isinstance(old, _DroppedLinear):
             new = _dropped(new, old.dropout.p).train(old.training)
     else:
-        new = _seeded(lambda: _convolution_like(old, old.in_channels, classes), seed)
+        new = seeded(lambda: _convolution_like(old, old.in_channels, classes), seed)
     net.set_submodule(path, new.to(old.weight.device, old.weight.dtype))
     return net
 
@@ -254,13 +262,6 @@ def _convolution_like(old: nn.Conv2d, channels: int, outputs: int) -> nn.Conv2d:
 def _last(net: nn.Module, kind: type[nn.Module]) -> tuple[str, Any] | None:
     found = [(path, module) for path, module in net.named_modules() if isinstance(module, kind)]
     return found[-1] if found else None
-
-
-def _seeded(make: Callable[[], Module], seed: int) -> Module:
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would seed the GPUs' generators too, for good.
-        torch.default_generator.manual_seed(seed)
-        return make()
 
 
 def _name(net: nn.Module) -> str:

@@ -157,6 +157,13 @@ class Run:
     def strategy(self) -> Strategy:
         return strategies.named(self.config.strategy)
 
+    def describes(self, number: int) -> bool:
+        """Whether round `number` looks at the pool's images: not where all are drawn with the same chance, as by an
+        adversary too as long as no image is labelled."""
+        if self.strategy.kind == "adversary":
+            return self.labelled(number).num_rows > 0
+        return self.strategy.kind != "chance" or bool(self.strategy.given)
+
     @property
     def estimates(self) -> bool:
         """Whether extraction writes down an estimated label of each pool image."""

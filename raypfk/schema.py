@@ -86,7 +86,7 @@ SCORES = pa.schema(
         pa.field("score", pa.float32(), nullable=False),
     ]
 )
-"""Of a strategy by predictions."""
+"""Of a strategy by predictions or by an adversary."""
 CANDIDATES = pa.schema(
     [("center_id", pa.string()), ("rank", pa.int32()), ("image_id", pa.string()), ("score", pa.float32())]
 )
@@ -124,6 +124,8 @@ class RoundDir:
         self.answers = store.join(self.root, "labels.csv")
         self.checkpoint = store.join(self.root, "checkpoint", "model.pt")
         self.training = store.join(self.root, "checkpoint", "training.pt")
+        self.adversary = store.join(self.root, "checkpoint", "adversary.pt")
+        self.adversary_training = store.join(self.root, "checkpoint", "adversary-training.pt")
         self.metrics = store.join(self.root, "metrics.json")
 
     def checkpoint_of(self, member: int) -> str:

@@ -24,7 +24,7 @@ from raypfk.pool import File, Pool
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, LABELS, REJECTS, SELECTION, SPLITS
 from raypfk.stages.pool import BEGUN
-from raypfk.stages.stream import checkpoint_of
+from raypfk.stages.stream import adversary_of, checkpoint_of
 
 READERS = 8
 _AS_PY = methodcaller("as_py")
@@ -231,8 +231,10 @@ def _stage(run: Run, number: int, stage: str, pool_ids: pa.Array) -> Problems:
 def _extracted(run: Run, number: int, pool_ids: pa.Array) -> Problems:
     """Every pool image is described, rejected, or labelled before: one of them, once."""
     strategy, files = run.strategy, run.round(number)
-    if strategy.kind == "chance" and not strategy.given:
+    if not run.describes(number):
         return
+    if strategy.kind == "adversary":
+        adversary_of(run, number)
     if strategy.kind == "kernel" or strategy.given & {"classes", "misses"}:
         validation = run.read(files.validation)["image_id"]
         yield from _all_once(files.validation, run, "validation", validation, files.rejects("validation"))

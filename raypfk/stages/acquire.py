@@ -72,18 +72,14 @@ def pick(candidates: pa.Table, budget: int) -> pa.Table:
     )
 
 
-_ESTIMATES = {"kernel": "estimated_label", "gradients": "estimated_label", "predictions": "predicted"}
-"""What stands for a label in a kind's descriptor shards."""
-
-
 def _with_estimates(run: Run, round: int, picked: pa.Table) -> pa.Table:
     """The picks with the label that was estimated for each, or predicted; null where nothing was.
 
     UserError for a pick that the pool, or its descriptor shard, does not hold (any more).
     """
-    column = "estimated_label" if "classes" in run.strategy.given else _ESTIMATES.get(run.strategy.kind)
-    if not column:
+    if not run.describes(round):
         return picked
+    column = "predicted" if run.strategy.kind in ("predictions", "adversary") else "estimated_label"
     shards = run.pool.locate(picked["image_id"].to_pylist())
     folder, columns = run.round(round).descriptors, ["image_id", column]
 
@@ -133,6 +129,11 @@ def _by_chance(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
     return _drawn(run, round, run.strategy, count), {}
 
 
+def _by_adversary(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
+    """As by predictions; where the adversary has nothing to tell apart yet, by chance."""
+    return _by_predictions(run, round, count) if run.describes(round) else _by_chance(run, round, count)
+
+
 def _drawn(run: Run, round: int, strategy: Strategy, count: int, taken: pa.ChunkedArray | None = None) -> pa.Table:
     """Ids drawn by the images' own numbers, whatever the order they are met in, from what is not labelled or `taken`.
 
@@ -160,6 +161,7 @@ _ACQUIRE: dict[str, Callable[[Run, int, int], tuple[pa.Table, dict]]] = {
     "kernel": _rank_by_rank,
     "predictions": _by_predictions,
     "gradients": one_by_one,
+    "adversary": _by_adversary,
     "chance": _by_chance,
 }
 """So many picks of a round, image_id and what else SELECTION has of them; and facts for the marker."""

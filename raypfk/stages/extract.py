@@ -20,11 +20,12 @@ from raypfk.pfk import Descriptors, LastLayer
 from raypfk.pool import Shard
 from raypfk.rejects import TooMany
 from raypfk.run import Run
-from raypfk.stages.methods import Describe, Differentiate, Method, Predict
+from raypfk.stages.methods import Describe, Differentiate, Discriminate, Method, Predict
 from raypfk.stages.stream import (
     Decoder,
     Maybe,
     NetworkSpec,
+    adversary_of,
     batches,
     network_of,
     networks_of,
@@ -59,12 +60,19 @@ class Extractor:
 
 def extract(run: Run, round: int) -> dict:
     """Write round `round`'s descriptors/, and what goes with them. Shards that are there already are not done again."""
-    kind = run.strategy.kind
-    if kind == "chance" and not run.strategy.given:
-        return {"skipped": "the strategy needs no descriptors", "forward": 0, "backward": 0}
+    if not run.describes(round):
+        return {"skipped": _nothing_to_describe(run, round), "forward": 0, "backward": 0}
     facts = {"forward": 0, "backward": 0, "startup_seconds": 0.0}
-    _EXTRACT[kind](run, round, facts)
+    _EXTRACT[run.strategy.kind](run, round, facts)
     return facts
+
+
+def _nothing_to_describe(run: Run, round: int) -> str:
+    if run.strategy.kind == "chance":
+        return "the strategy needs no descriptors"
+    why = "no image is labelled yet, the first are drawn at random"
+    progress.current().say(f"round {round}: {why}")
+    return why
 
 
 def _descriptors(run: Run, round: int, facts: dict) -> None:
@@ -124,11 +132,26 @@ def _predictions(run: Run, round: int, facts: dict) -> None:
     facts["after_dropout"] = images * run.passes.partial
 
 
+def _discriminations(run: Run, round: int, facts: dict) -> None:
+    """A score for each image of the pool, by what tells the labelled images from it."""
+    # Here: the import of Ray Train takes most of a second, which would be all actors'.
+    from raypfk.stages.adversary import train_adversary
+
+    networks = [network_of(run, round - 1)]  # refused, if at all, before a long training
+    trained = train_adversary(run, round)
+    _count(facts, trained.pop("forward"), trained.pop("backward"))
+    facts |= trained
+    checkpoint, _ = adversary_of(run, round)
+    method = Discriminate(run.strategy, run.config.vaal, ray.put(checkpoint), run.round(round).adversary)
+    _count(facts, 2 * _pool(run, round, networks, method, facts))  # by the adversary, and by the network
+
+
 _EXTRACT: dict[str, Callable[[Run, int, dict], None]] = {
     "kernel": _descriptors,
     "chance": _descriptors,
     "gradients": _gradients,
     "predictions": _predictions,
+    "adversary": _discriminations,
 }
 
 

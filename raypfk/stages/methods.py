@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raypfk import augment, descriptor_files, models, pfk, store
-from raypfk.config import MonteCarloConfig, VoteConfig
+from raypfk.config import MonteCarloConfig, VaalConfig, VoteConfig
 from raypfk.descriptor_files import Directions, Origin
 from raypfk.pfk import Descriptors, Kernel, LastLayer, McDropout, TapReader
 from raypfk.run import stamp
 from raypfk.salts import salts
 from raypfk.schema import GRID, SCORES
-from raypfk.stages.stream import Maybe, NetworkSpec, value
+from raypfk.stages.stream import Maybe, NetworkSpec, adversary, value
 from raypfk.strategies import Strategy
 
 MONTE_CARLO_NUMBERS = 1 << 27
@@ -235,26 +235,31 @@ class _Differentiator:
         return {name: tensor.cpu() for name, tensor in columns.items()}
 
 
-# --------------------------------------------------------------------------------------------------------- predictions
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
-@dataclass(frozen=True)
-class Predict:
-    """A strategy's scores of all networks' predictions, in so many passes of dropout each. seeds: of their masks."""
+class _Scores:
+    """A file of scores."""
 
-    strategy: Strategy
-    passes: int
-    seeds: tuple[int, ...]
     schema = SCORES
-
-    def load(self, networks: list[NetworkSpec]) -> "_Predictor":
-        return _Predictor(self, networks)
 
     def table(self, image_id: pa.Array, columns: Columns) -> pa.Table:
         return pa.table({"image_id": image_id, **{name: x.numpy() for name, x in columns.items()}}).cast(SCORES)
 
     def write(self, path: str, table: pa.Table, run_id: str) -> None:
         store.write_table(path, stamp(table, run_id))
+
+
+@dataclass(frozen=True)
+class Predict(_Scores):
+    """A strategy's scores of all networks' predictions, in so many passes of dropout each. seeds: of their masks."""
+
+    strategy: Strategy
+    passes: int
+    seeds: tuple[int, ...]
+
+    def load(self, networks: list[NetworkSpec]) -> "_Predictor":
+        return _Predictor(self, networks)
 
 
 class _Predictor:
@@ -272,3 +277,32 @@ class _Predictor:
         predicted = pfk.predicted(logits_TND.double().softmax(2).mean(0))
         score = self.told.strategy(logits_TND)
         return {"predicted": predicted.cpu(), "score": score.float().cpu()}
+
+
+@dataclass(frozen=True)
+class Discriminate(_Scores):
+    """A strategy's scores of the adversary's logits, and the class that the network predicts. checkpoint: the file at
+    `origin`."""
+
+    strategy: Strategy
+    config: VaalConfig
+    checkpoint: Maybe
+    origin: str
+
+    def load(self, networks: list[NetworkSpec]) -> "_Discriminator":
+        return _Discriminator(self, *networks)
+
+
+class _Discriminator:
+    def __init__(self, told: Discriminate, network: NetworkSpec):
+        self.net, self.device = network.load()
+        self.told, self.adversary = told, adversary(told.config, network.image)
+        weights, _ = models.load(value(told.checkpoint), told.origin)
+        models.restore(self.adversary, weights, told.origin)
+        self.adversary.to(self.device).eval()
+
+    def __call__(self, x: Tensor, rows: Rows) -> Columns:
+        count = len(rows["image_id"])
+        with torch.inference_mode():
+            predicted, logits_N = pfk.predicted(self.net(x)[:count]), self.adversary(x)[:count]
+        return {"predicted": predicted.cpu(), "score": self.told.strategy(logits_N).float().cpu()}

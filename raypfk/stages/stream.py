@@ -15,11 +15,14 @@ import ray
 import torch
 
 from raypfk import images, isolated, models, session, store
+from raypfk.config import VaalConfig
 from raypfk.errors import UserError
 from raypfk.models import Architecture
+from raypfk.pfk.vaal import Adversary
 from raypfk.pool import Pool, Shard
 from raypfk.rejects import Rejects
 from raypfk.run import ImageSpec, Run
+from raypfk.salts import salts
 from raypfk.schema import REJECTS
 
 _LOOK_S = 10.0
@@ -38,6 +41,7 @@ class Decoder:
 
     columns: what goes along with the pixels.
     keep: if given, only these image ids; drop: never these (Arrow arrays, or references to them).
+    share: of what is left, about this part, drawn from the ids by the seed.
     An image that cannot be decoded goes to `rejects`/SHARD with its reason; the others go on.
     """
 
@@ -47,6 +51,8 @@ class Decoder:
     keep: Maybe = None
     drop: Maybe = None
     rejects: str | None = None
+    share: float = 1.0
+    seed: int = 0
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"item": [one Shard]} -> columns of its images; `image` becomes (N, C, S, S) uint8, `shard` its name."""
@@ -84,6 +90,9 @@ class Decoder:
             table = table.filter(pc.is_in(table["image_id"], value(self.keep)))
         if self.drop is not None:
             table = table.filter(pc.invert(pc.is_in(table["image_id"], value(self.drop))))
+        if self.share < 1:
+            own = salts(table["image_id"].to_pylist(), self.seed)
+            table = table.filter(pa.array(own < self.share * 2.0**64))
         return table
 
 
@@ -129,12 +138,31 @@ def checkpoint_of(run: Run, round: int, member: int = 0) -> bytes:
     path = run.round(round).checkpoint_of(member)
     data = store.read_bytes(path)
     weights, meta = models.load(data, path)
-    expected = {"run": run.id, "round": round, "name": run.config.model.name, "classes": run.classes}
-    for name, value in {**expected, "member": member}.items():
-        if ({"member": 0} | meta).get(name) != value:
-            raise UserError(f"{path}: {name} is {meta.get(name)!r}, expected {value!r} of {run.uri}")
+    expected = {"run": run.id, "round": round, "name": run.config.model.name, "classes": run.classes, "member": member}
+    _refuse_other(run, path, {"member": 0} | meta, expected)
     models.restore(run.architecture.build(), weights, path)
     return data
+
+
+def adversary_of(run: Run, round: int) -> tuple[bytes, dict[str, Any]]:
+    """A round's adversary file, and its `meta`. UserError if it is another run's, round's or network's."""
+    path = run.round(round).adversary
+    data = store.read_bytes(path)
+    weights, meta = models.load(data, path)
+    _refuse_other(run, path, meta, {"run": run.id, "round": round})
+    models.restore(adversary(run.config.vaal, run.image), weights, path)
+    return data, meta
+
+
+def adversary(config: VaalConfig, image: ImageSpec) -> Adversary:
+    """With random weights."""
+    return Adversary(image.channels, image.size, config.width, config.latent)
+
+
+def _refuse_other(run: Run, path: str, meta: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        if meta.get(name) != value:
+            raise UserError(f"{path}: {name} is {meta.get(name)!r}, expected {value!r} of {run.uri}")
 
 
 def normalise(image_NCHW: torch.Tensor, spec: ImageSpec) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from raypfk.errors import UserError
 
-Kind = Literal["kernel", "predictions", "gradients", "chance"]
+Kind = Literal["kernel", "predictions", "gradients", "adversary", "chance"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,15 @@ def by_gradients(*given: Literal["labelled", "misses"]) -> Callable[[Callable], 
     return lambda function: Strategy("gradients", function, frozenset(given))
 
 
+def by_adversary(function: Callable) -> Strategy:
+    """`function(logits (N,)) -> scores (N,)` float32: the images of the largest scores are chosen.
+
+    logits: of being labelled already, by the discriminator that is trained in the round (Sinha et al. 2019), float32.
+    The first round has no labelled image yet: its images are drawn by chance.
+    """
+    return Strategy("adversary", function)
+
+
 def by_chance(*given: Literal["classes"]) -> Callable[[Callable], Strategy]:
     """`function() -> 1.0`, the same chance for all; given "classes", `function(counts (D,)) -> weights (D,)`.
 
@@ -86,6 +95,7 @@ def named(name: str) -> Strategy:
     except Exception as error:  # whatever somebody's module does when it is imported
         raise UserError(f"strategy: {name!r}: {type(error).__name__}: {error}") from None
     if not isinstance(found, Strategy):
-        expected = "a function under by_kernel, by_predictions, by_gradients or by_chance of raypfk.strategies"
+        decorators = "by_kernel, by_predictions, by_gradients, by_adversary or by_chance"
+        expected = f"a function under {decorators} of raypfk.strategies"
         raise UserError(f"strategy: {name!r}: expected {expected}, found {type(found).__name__}")
     return replace(found, name=name)
