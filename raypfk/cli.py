@@ -45,7 +45,7 @@ def run(config_argument, config_option, out, assignments, verbose, **overrides):
     config = configs.load(config_argument or config_option, overrides, configs.assigned(assignments))
     with session.ray_session(verbose):
         loop.run(config, out)
-    status.show(status.read(out))
+    status.show(status.with_trust(status.read(out)))
 
 
 @cli.command()
@@ -88,7 +88,7 @@ def status_command(run_dir, as_json):
     """What is done of RUN, round by round."""
     from raypfk import status
 
-    state = status.read(run_dir)
+    state = status.with_trust(status.read(run_dir))
     if as_json:
         click.echo(json.dumps(state, indent=2))
     else:

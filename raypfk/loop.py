@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 
-from raypfk import lease, progress, store
+from raypfk import lease, progress, store, trust
 from raypfk.config import Config
 from raypfk.errors import UserError
 from raypfk.run import Run, open_pool
@@ -37,6 +37,9 @@ def run(config: Config, out: str, start: Run | None = None) -> Run:
         Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
     with lease.held(out):
         this = Run.create_or_open(config, out, open_pool(config, out))
+        if not this.done(0, "train"):
+            for text in trust.at_start(this):
+                progress.current().say(f"warning: {text}")
         if start and not this.done(0, "train"):
             this.mark(0, "train", {"seconds": 0.0, **adopt(this, start)})
         for number in range(config.rounds + 1):

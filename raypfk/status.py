@@ -3,11 +3,14 @@
 from rich.console import Console
 from rich.table import Table
 
-from raypfk import store
+from raypfk import store, trust
 from raypfk.loop import STAGES, images_left
 from raypfk.run import Run
 
 METRICS = {"labelled": int, "test_accuracy": float}
+PLATEAU = 0.05
+"""A p below it is called a difference."""
+TOO_LITTLE = "less than the validation set can show"
 
 
 def read(run_dir: str) -> dict:
@@ -41,6 +44,12 @@ def read(run_dir: str) -> dict:
     }
 
 
+def with_trust(state: dict) -> dict:
+    """What `read` gave, and: trust, the last row of `trust.of` or None; warnings, sentences. Reads more than `read`."""
+    row, warnings = trust.latest(Run.open(state["run"]))
+    return state | {"trust": row, "warnings": warnings}
+
+
 def _finished(run: Run, done: list[dict]) -> bool:
     if not done or done[-1]["test_accuracy"] is None:
         return False
@@ -48,6 +57,7 @@ def _finished(run: Run, done: list[dict]) -> bool:
 
 
 def show(state: dict) -> None:
+    """Prints what `with_trust` gave."""
     console = Console(highlight=False)
     state_of = "finished" if state["finished"] else "not finished"
     console.print(
@@ -67,6 +77,25 @@ def show(state: dict) -> None:
             _stages(row),
         )
     console.print(table)
+    if state["trust"] and state["trust"]["validation_accuracy"] is not None:
+        console.print(_outlook(state["trust"], state["budget"]), soft_wrap=True, markup=False)
+    for text in state["warnings"]:
+        console.print(f"warning: {text}", soft_wrap=True, markup=False)
+
+
+def _outlook(row: dict, budget: int) -> str:
+    parts = [
+        f"round {row['round']}'s network gets {100 * row['validation_accuracy']:.1f} % of the validation set right"
+    ]
+    if (p := row["plateau"]) is not None:
+        differs = "differs from" if p < PLATEAU else "may be no other than"
+        parts.append(f"it {differs} the one {trust.APART} rounds before (p = {p:.2g})")
+    if row["worth_buying"] is None:
+        parts.append("what more labels would bring is not known yet")
+    else:
+        worth = f"about {row['worth_buying']:,} labels are worth buying" if row["worth_buying"] else TOO_LITTLE
+        parts.append(f"the next {budget:,} labels may gain {100 * row['expected_gain']:.2f} points, {worth}")
+    return "; ".join(parts)
 
 
 def _stages(row: dict) -> str:

@@ -301,6 +301,37 @@ def facility_location(pool: Sequence[Vector], keys, queries: Sequence[Vector], p
     return greedy(pool, keys, p, lambda n, chosen: information([*chosen, n]) - information(chosen))
 
 
+def mmd2(x: Sequence[Vector], y: Sequence[Vector]) -> float:
+    """Eq. 3 of Gretton et al. 2012, with a Gaussian kernel as wide as the median distance of different images."""
+    both = [*x, *y]
+    squares = sorted(math.dist(a, b) ** 2 for i, a in enumerate(both) for b in both[:i])
+    apart = [square for square in squares if square > 1e-12 * squares[-1]]
+    width = 2 * apart[(len(apart) - 1) // 2] if apart else 1.0
+
+    def mean(rows: Sequence[Vector], others: Sequence[Vector]) -> float:
+        values = [math.exp(-(math.dist(a, b) ** 2) / width) for a in rows for b in others if a is not b]
+        return math.fsum(values) / len(values)
+
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+
+
+def mcnemar(missed_a: Sequence[bool], missed_b: Sequence[bool]) -> float:
+    """Twice the chance of so few heads, or fewer, of as many fair coins as images that one of the two alone misses."""
+    pairs = list(zip(missed_a, missed_b, strict=True))
+    a, b = pairs.count((True, False)), pairs.count((False, True))
+    ways = sum(math.comb(a + b, heads) for heads in range(min(a, b) + 1))
+    return min(1.0, 2 * ways / 2 ** (a + b))
+
+
+def power_law(labels: Sequence[int], errors: Vector) -> tuple[float, float]:
+    """(log a, b) of err = a n^-b, by the normal equations of log err = log a - b log n."""
+    x, y = [math.log(n) for n in labels], [math.log(error) for error in errors]
+    mean_x, mean_y = math.fsum(x) / len(x), math.fsum(y) / len(y)
+    slope = math.fsum((u - mean_x) * (v - mean_y) for u, v in zip(x, y, strict=True))
+    slope /= math.fsum((u - mean_x) ** 2 for u in x)
+    return mean_y - slope * mean_x, -slope
+
+
 def _square(a: Vector, b: Vector) -> float:
     """Of the distance, in 24 bits as float32 has them, but of any size."""
     mantissa, exponent = math.frexp(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
