@@ -116,6 +116,14 @@ def test_the_numbers_are_the_runs(finished):
     assert "raypfk report 'a b'" in page.text and "raypfk experiment x.yaml" in page.text
 
 
+def test_what_the_validation_set_says_is_shown(finished):
+    """Rounds of the cells that look at the validation set, and each warning once with the cells it is of."""
+    page = Page(finished)
+    assert page.column("validation accuracy") == ["66.7 %", "66.7 %"]
+    assert page.text.count("validation set has fewer than 30 images") == 1
+    assert "(pfk, random)" in page.text
+
+
 def test_what_was_selected_says_why(finished):
     """A choice shows its score, rank and label, and the miss that asked for it with what the network took it for."""
     page = Page(finished)

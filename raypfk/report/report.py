@@ -7,7 +7,7 @@ from typing import NamedTuple
 import yaml
 
 from raypfk import config as configs
-from raypfk import store, study
+from raypfk import store, study, trust
 from raypfk.report import examples, figures, gather, page, published, tables
 from raypfk.report.examples import Example
 from raypfk.report.gather import Curves
@@ -94,6 +94,8 @@ def write(uri: str, out: str | None, command: str) -> str:
         comparison=comparison,
         pool=pool,
         shown=shown,
+        outlook=tables.outlook(stand),
+        warnings=_warnings(stand),
         made=_made(opened, command),
     )
     for drawn in [*(comparison.pictures if comparison else []), *([pool] if pool else []), *_pictures(shown)]:
@@ -278,6 +280,15 @@ def _shown(number: int, cell: str, seed: int, run: Run) -> Shown:
         ),
         examples.examples(run, shown_round, CHOICES),
     )
+
+
+def _warnings(stand: dict[str, tuple[int, Run]]) -> dict[str, list[str]]:
+    """Each warning once, and the cells whose run it is of."""
+    found: dict[str, list[str]] = {}
+    for name, (_, run) in stand.items():
+        for sentence in trust.warnings(run):
+            found.setdefault(sentence, []).append(name)
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- how it was made

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from raypfk import trust
 from raypfk.report import statistics
 from raypfk.report.gather import Curves
 from raypfk.report.statistics import Paired, Saved
@@ -170,4 +171,27 @@ def passes(runs: dict[str, tuple[int, Run]], cells: list[Curves], rounds: int) -
         training = [count(cell.values[name][at]) for name in ("train_forward", "train_backward")]
         seconds = [f"{np.nanmean(cell.values[name]):,.1f}" for name in ("acquire_seconds", "train_seconds")]
         rows.append([cell.name, *counted, count(described), count(2 * described), *training, *seconds])
+    return Table(head, rows)
+
+
+def outlook(runs: dict[str, tuple[int, Run]]) -> Table:
+    """What the validation set says of each cell's run (`trust.TRUST`), round by round."""
+    head = ["cell", "round", "labels before", "validation accuracy", "plateau, p", "expected gain of a round"]
+    head += ["labels worth buying", "shift", "shift, p"]
+    rows = [
+        [
+            name,
+            f"{row['round']}",
+            count(row["bought"]),
+            percent(row["validation_accuracy"]),
+            probability(row["plateau"]),
+            UNKNOWN if row["expected_gain"] is None else f"{points(row['expected_gain'])} points",
+            count(row["worth_buying"]),
+            UNKNOWN if row["shift"] is None else f"{row['shift']:.3f}",
+            probability(row["shift_p"]),
+        ]
+        for name, (_, run) in runs.items()
+        for row in trust.of(run).to_pylist()
+        if row["validation_accuracy"] is not None
+    ]
     return Table(head, rows)
