@@ -38,13 +38,13 @@ def write(tmp_path):
 def minimal(write):
     """Loads MINIMAL with `--set` assignments."""
     path = write(MINIMAL)
-    return lambda *assignments, **overrides: config.load(path, overrides, assignments)
+    return lambda *assignments, **overrides: config.load(path, overrides, config.assigned(assignments))
 
 
 def refused(path: str, *expected: str, assignments: tuple[str, ...] = ()) -> str:
     """The message of the UserError, in which each of `expected` is found."""
     with pytest.raises(UserError) as caught:
-        config.load(path, assignments=assignments)
+        config.load(path, settings=config.assigned(assignments))
     for text in expected:
         assert text in str(caught.value)
     return str(caught.value)
@@ -60,7 +60,7 @@ def test_what_is_shipped():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_file_is_valid(name):
-    assert isinstance(config.load(str(CONFIGS / name), assignments=root_for(name)), Config)
+    assert isinstance(config.load(str(CONFIGS / name), settings=config.assigned(root_for(name))), Config)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "digits.yaml"])
@@ -79,7 +79,7 @@ def test_shipped_files_ask_for_the_root(name):
 )
 def test_the_papers_settings(name, validation, taps, budget, epochs, batch_size, lr, decay_every, milestones):
     """Section 5, number by number."""
-    c = config.load(str(CONFIGS / f"{name}.yaml"), assignments=("data.root=/data",))
+    c = config.load(str(CONFIGS / f"{name}.yaml"), settings={"data.root": "/data"})
     assert (c.data.validation, c.model.taps, c.budget, c.rounds) == (validation, taps, budget, 10)
     assert (c.train.epochs, c.train.batch_size, c.train.lr, c.train.decay) == (epochs, batch_size, lr, 0.1)
     assert (c.train.decay_every, c.train.milestones) == (decay_every, milestones)
@@ -329,7 +329,7 @@ def test_not_an_assignment(write, assignment):
 
 
 def test_assignment_below_a_value(write):
-    refused(write(MINIMAL), "--set budget.images=3: 'budget' is a value, not a section",
+    refused(write(MINIMAL), "budget.images: 'budget' is a value, not a section",
             assignments=("budget.images=3",))  # fmt: skip
 
 

@@ -108,10 +108,10 @@ def test_a_configuration_that_is_no_file(path, message):
         ("train.lr=[[[", r"--set train\.lr=\[\[\[: not YAML"),
         ("train.lr=!!python/name:os.system", "--set train.lr=.*: not YAML: could not determine a constructor"),
         ("train.lr=.nan", "train.lr: expected a finite number, found nan"),
-        ("train.lr.x=1", "--set train.lr.x=1: 'lr' is a value, not a section"),
+        ("train.lr.x=1", "train.lr.x: 'lr' is a value, not a section"),
         ("=1", "--set =1: expected dotted.key=value"),
     ],
 )
 def test_a_bad_assignment_is_refused(tmp_path, assignment, message):
     (tmp_path / "run.yaml").write_text(TEXT)
-    refusal(lambda: config.load(str(tmp_path / "run.yaml"), assignments=(assignment,)), message)
+    refusal(lambda: config.load(str(tmp_path / "run.yaml"), settings=config.assigned((assignment,))), message)
