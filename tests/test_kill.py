@@ -3,6 +3,8 @@
 import signal
 from pathlib import Path
 
+import pytest
+
 from raypfk import store
 from raypfk.run import Run
 from tests import driver
@@ -24,6 +26,7 @@ def test_killed_in_extraction(undisturbed, tmp_path):
     driver.assert_same(Run.open(out), undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_in_training(undisturbed, tmp_path):
     """Killed when some epochs of round 1 are kept and others not done."""
     out = str(tmp_path / "run")

@@ -165,7 +165,18 @@ def test_the_selection_does_not_depend_on_the_order_of_arrival(finished):
         assert picked[column].to_pylist() == selection[column].to_pylist()
 
 
-@pytest.mark.parametrize(("dtype", "pca"), [("float16", None), ("bfloat16", None), ("int8", None), ("int8", 6)])
+_SLOW = pytest.mark.slow  # one narrow dtype, and one with directions, are tried each time
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pca"),
+    [
+        pytest.param("float16", None, marks=_SLOW),
+        pytest.param("bfloat16", None, marks=_SLOW),
+        ("int8", None),
+        ("int8", 6),
+    ],
+)
 def test_every_storage_selects_the_budget(finished, tmp_path, dtype, pca):
     """Narrow and projected descriptors go through the same stages, and select mostly what float32 does.
 
