@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import re
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import ray
 from pydantic import Field, field_validator
@@ -20,6 +20,7 @@ from raypfk import config as configs
 from raypfk import lease, loop, progress, session, store, study
 from raypfk.config import Config, Positive, Section
 from raypfk.errors import RunError, UserError
+from raypfk.pool import Pool
 from raypfk.run import Run
 from raypfk.schema import RoundDir
 from raypfk.stages import pool as pools
@@ -69,12 +70,11 @@ class ExperimentConfig(Section):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the experiment. start: the directory of the run whose initial weights it adopts."""
+    """One run of the experiment."""
 
     cell: str
     seed: int
     config: Config
-    start: str | None = None
 
     def __str__(self) -> str:
         return f"{self.cell}, seed {self.seed}"
@@ -123,15 +123,12 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
     out = store.absolute(out)
     with lease.held(out):
         store.write_json(store.join(out, study.RECORD), plan.record | {"command": command})
+        tasks = _tasks(_with_pools(plan.jobs, out), out)
         parallel = _parallel(parallel, len(plan.jobs))
-        jobs = _with_starts(_with_pools(plan.jobs, out), out, parallel)
-        failed = _side_by_side(
-            [(str(job), job.config.rounds, study.run_dir(out, job.cell, job.seed), _cell(job, out)) for job in jobs],
-            parallel, plan.retries, lambda: study.write_results(study.open_study(out)),
-        )  # fmt: skip
+        failed = _side_by_side(tasks, parallel, plan.retries, lambda: study.write_results(study.open_study(out)))
     if failed:
         reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        raise RunError(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again. {reasons}")
+        raise RunError(f"{len(failed)} of {len(tasks)} tasks failed; the same command tries them again. {reasons}")
 
 
 def _seeds(text: str | None) -> list[int]:
@@ -168,26 +165,26 @@ def _with_pools(jobs: list[Job], out: str) -> list[Job]:
     return found
 
 
-def _with_starts(jobs: list[Job], out: str, parallel: int) -> list[Job]:
-    """The jobs with the run whose pretraining they adopt, each made once; none where weights begin at random."""
-    starts: dict[str, Config] = {}
-    found = []
+def _tasks(jobs: list[Job], out: str) -> list["Task"]:
+    """A task for each job, and before the first that needs it one for the pretraining that jobs share."""
+    tasks: dict[str, Task] = {}
     for job in jobs:
-        if job.config.pretrain is None:
-            found.append(job)
-            continue
-        alike = (job.config.data.pool, job.config.image, job.config.model.name, job.config.model.dropout)
-        name = f"seed-{job.seed:03d}-{_fingerprint([*map(_plain, alike), _plain(job.config.pretrain)])}"
-        uri = store.join(out, "starts", name)
-        starts.setdefault(uri, _start_config(job.config))
-        found.append(replace(job, start=uri))
-    failed = _side_by_side(
-        [(f"pretraining {uri.rpartition('/')[2]}", 0, uri, _start(config, uri)) for uri, config in starts.items()],
-        parallel, 0, lambda: None,
-    )  # fmt: skip
-    for error in failed.values():
-        raise error
-    return found
+        start = _start(job, out) if job.config.pretrain else None
+        if start:
+            tasks.setdefault(start.name, start)
+        uri = study.run_dir(out, job.cell, job.seed)
+        given = (job.config, uri, start.uri if start else None)
+        tasks[str(job)] = Task(str(job), uri, job.config.rounds, _do_cell, given, start.name if start else None)
+    return list(tasks.values())
+
+
+def _start(job: Job, out: str) -> "Task":
+    """What makes the weights that all jobs of this pool, network, pretraining and seed begin with."""
+    config = job.config
+    alike = (config.data.pool, config.image, config.model.name, config.model.dropout, config.pretrain)
+    name = f"seed-{job.seed:03d}-{_fingerprint([*map(_plain, alike)])}"
+    uri = store.join(out, "starts", name)
+    return Task(f"pretraining {name}", uri, 0, _do_start, (_start_config(config), uri), None)
 
 
 def _start_config(config: Config) -> Config:
@@ -207,33 +204,50 @@ def _fingerprint(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------ side by side
 
 
-def _side_by_side(
-    tasks: list[tuple[str, int, str, Callable[[int], ray.ObjectRef]]], parallel: int, retries: int,
-    done: Callable[[], None],
-) -> dict[str, Exception]:  # fmt: skip
-    """Do tasks, so many at a time; what those raised that failed to the last, by name.
+class Task(NamedTuple):
+    """uri: the run that it does, of so many rounds. do: the Ray task, of `given` and how many others run beside it.
+    needs: the name of another that must be done before."""
 
-    tasks: name, rounds, run directory, and what begins it, beside so many others. done: called after each.
-    """
-    waiting, running, failed = deque((task, 0) for task in tasks), {}, {}
-    with progress.current().bar("experiment", sum(rounds for _, rounds, _, _ in tasks), "rounds") as advance:
+    name: str
+    uri: str
+    rounds: int
+    do: ray.remote_function.RemoteFunction
+    given: tuple
+    needs: str | None
+
+
+def _side_by_side(
+    tasks: list[Task], parallel: int, retries: int, after_each: Callable[[], None]
+) -> dict[str, UserError | RunError]:
+    """Do tasks, so many at a time, in their order as far as needs allow; by name, the errors of those that failed."""
+    waiting, tries, done, failed = list(tasks), Counter(), set(), {}
+    running: dict[ray.ObjectRef, tuple[Task, _Rounds]] = {}
+    with progress.current().bar("experiment", sum(task.rounds for task in tasks), "rounds") as advance:
         while waiting or running:
-            while waiting and len(running) < parallel:
-                task, tries = waiting.popleft()
-                running[task[3](parallel - 1)] = (task, tries, _Rounds(task[2], task[1]))
+            while len(running) < parallel and (task := _ready(waiting, done)):
+                waiting.remove(task)
+                running[task.do.remote(*task.given, parallel - 1)] = (task, _Rounds(task.uri, task.rounds))
             ended, _ = ray.wait(list(running), timeout=POLL_S)
-            advance(sum(rounds.new() for _, _, rounds in running.values()))
+            advance(sum(rounds.new() for _, rounds in running.values()))
             for ref in ended:
-                task, tries, _ = running.pop(ref)
-                error = _error_of(ref)
-                again = error is not None and tries < retries and not isinstance(error, UserError)
-                progress.current().say(f"{task[0]}: {'done' if error is None else error}{', again' if again else ''}")
-                if again:
-                    waiting.append((task, tries + 1))
-                elif error is not None:
-                    failed[task[0]] = error
-                done()
+                task, _ = running.pop(ref)
+                error, tries[task.name] = _error_of(ref), tries[task.name] + 1
+                again = error is not None and tries[task.name] <= retries and not isinstance(error, UserError)
+                progress.current().say(f"{task.name}: {'done' if error is None else error}{', again' if again else ''}")
+                if error is None:
+                    done.add(task.name)
+                elif again:
+                    waiting.append(task)
+                else:
+                    lost = [task, *(other for other in waiting if other.needs == task.name)]
+                    failed |= dict.fromkeys((each.name for each in lost), error)
+                    waiting = [other for other in waiting if other not in lost]
+                after_each()
     return failed
+
+
+def _ready(waiting: list[Task], done: set[str]) -> Task | None:
+    return next((task for task in waiting if task.needs is None or task.needs in done), None)
 
 
 def _error_of(ref: ray.ObjectRef) -> UserError | RunError | None:
@@ -258,15 +272,6 @@ class _Rounds:
         return self._seen - before
 
 
-def _cell(job: Job, out: str) -> Callable[[int], ray.ObjectRef]:
-    uri = study.run_dir(out, job.cell, job.seed)
-    return lambda others: _do_cell.remote(job.config, uri, job.start, others)
-
-
-def _start(config: Config, uri: str) -> Callable[[int], ray.ObjectRef]:
-    return lambda others: _do_start.remote(config, uri, others)
-
-
 # A run has a process of its own, and leaves nothing in it for the next.
 _task = ray.remote(num_cpus=1, max_calls=1, max_retries=0, scheduling_strategy="SPREAD")
 
@@ -280,5 +285,6 @@ def _do_cell(config: Config, uri: str, start: str | None, others: int) -> None:
 @_task
 def _do_start(config: Config, uri: str, others: int) -> None:
     session.share_with(others)
+    there = store.exists(store.join(uri, "run.json"))  # begun for a cell with other taps, which change nothing here
     with lease.held(uri):
-        loop.do_round(Run.create_or_open(config, uri, pools.Pool.open(config.data.pool)), 0)
+        loop.do_round(Run.open(uri) if there else Run.create_or_open(config, uri, Pool.open(config.data.pool)), 0)

@@ -55,7 +55,7 @@ def test_a_cell_is_the_run_it_would_be_alone(done, tmp_path):
 def test_one_failure_stops_nobody_else(done):
     """A diverging cell is tried again and named with its reason; the others are in the results, all columns filled."""
     out, _, error = done
-    assert error.startswith("1 of 3 runs failed") and "too fast, seed 3: " in error and "diverged" in error
+    assert error.startswith("1 of 4 tasks failed") and "too fast, seed 3: " in error and "diverged" in error
     rows = study.table(study.open_study(out)).to_pylist()
     assert [(row["cell"], row["seed"], row["round"], row["bought"]) for row in rows] == [
         ("random", 3, 1, 12), ("pfk, votes", 3, 1, 12),
