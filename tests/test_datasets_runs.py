@@ -12,7 +12,8 @@ from raypfk.run import Run
 from raypfk.schema import LABELS, SELECTION
 from raypfk.stages import pool, pool_files
 from tests import test_sources
-from tests.test_sources import SYNSETS, colour, write_ilsvrc, write_svhn
+from tests.test_ilsvrc import SYNSETS, colour, write_ilsvrc
+from tests.test_sources import write_svhn
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
