@@ -189,7 +189,8 @@ def _with_centers(run: Run, round: int, table: pa.Table, origin: Origin) -> pa.T
     wanted = missed if missed.any() else ~missed
     if run.strategy.kind == "kernel":
         wanted = choose_centers(run, round, descriptor_files.decode(table, origin), wanted)
-    return table.append_column("center", pa.array(wanted)).cast(origin.schema(validation=True))
+    schema = origin.schema(validation=True)
+    return table.append_column("center", pa.array(wanted)).select(schema.names).cast(schema)
 
 
 def choose_centers(run: Run, round: int, validation: Descriptors, wanted: np.ndarray) -> np.ndarray:
