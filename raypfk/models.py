@@ -74,7 +74,7 @@ def build(name: str, channels: int, classes: int, size: int, seed: int, dropout:
     if dropout:
         last = last_layer(net)
         net.set_submodule(_last(net, nn.Linear)[0], _dropped(last, dropout))
-    return net
+    return net.to(memory_format=torch.channels_last)  # on a CPU convolutions and pooling take half the time or less
 
 
 def seeded(make: Callable[[], Module], seed: int) -> Module:

@@ -20,7 +20,7 @@ TREE = {
     "rounds": 1,
     "top_k": 4,
     "seed": 1,
-    "resources": {"extract_actors": 2, "score_actors": 2},
+    "resources": {"extract_actors": 2},
 }
 
 

@@ -35,6 +35,7 @@ _CHUNKS = 8  # per actor: enough that the last ones end together
 _FAN_IN = 8  # parts that one merge takes
 _CANDIDATES = 1 << 24  # of all centers that are looked at together, where K had to grow
 _ATTEMPTS = 4  # at one chunk, where actors die of it
+_HERE = 1 << 26  # pairs that are scored sooner than an actor is up
 
 
 class Images(NamedTuple):
@@ -225,25 +226,30 @@ def picks(run: Run, round: int, k: int, budget: int) -> pa.Table:
 
 
 class Scoring:
-    """A round's centers in actors, for one scan of the pool's descriptors or more."""
+    """A round's centers in actors, or here where they and the pool are few, for one scan of its descriptors or more."""
 
     def __init__(self, run: Run, round: int):
         self.run, self.start = run, time.time()
         self.table, self.centers, self.origin = descriptor_files.read_centers(run, round)
         folder = run.round(round).descriptors
         self.paths = [store.join(folder, shard.name) for shard in run.pool.shards("pool")]
-        self.counts, self.began = Counter(), []
+        self.counts, self.began, self.actors, self.here = Counter(), [], [], None
 
     def __enter__(self) -> "Scoring":
         resources = self.run.config.resources
         threads, gpus = resources.score_threads, session.gpus_per_actor(resources.score_gpus)
         count = resources.score_actors or (int(session.gpus() / gpus) if gpus else session.cpus() // threads)
         count = min(len(self.paths), max(1, count))
+        told = (self.run, self.run.stored_kernel(), self.origin)
+        z, g = (x.numpy() for x in self.centers)
+        labels = self.table["label"].to_numpy() if self.origin.votes else None
+        pairs = self.table.num_rows * self.run.pool.rows("pool")
+        if pairs <= _HERE and not gpus and not resources.score_actors:
+            self.here = Scorer(*told, z, g, threads, labels=labels)
+            return self
         session.require("scoring", CPU=count * threads, GPU=count * gpus)
-        z, g = (ray.put(x.numpy()) for x in self.centers)
-        labels = ray.put(self.table["label"].to_numpy()) if self.origin.votes else None
-        arguments = (self.run, self.run.stored_kernel(), self.origin, z, g, threads, gpus, labels)
-        self.actors = [start(*arguments) for _ in range(count)]
+        z, g, labels = ray.put(z), ray.put(g), None if labels is None else ray.put(labels)
+        self.actors = [start(*told, z, g, threads, gpus, labels) for _ in range(count)]
         return self
 
     def __exit__(self, *_) -> None:
@@ -253,14 +259,22 @@ class Scoring:
     def top_k(self, k: int, rows: slice = slice(None)) -> TopK:
         """The `k` best pool images of some of the centers; keys are shard number, then row."""
         sizes = [shard.rows for shard in self.run.pool.shards("pool")]
-        centers, self.counts["images"] = range(self.table.num_rows)[rows], 0
-        with progress.current().bar("score", len(self.paths), "shards") as advance:
-            tree = Tree(len(centers))
-            for facts in through(self.actors, list(enumerate(self.paths)), sizes, k, centers, tree):
-                self.counts.update({"images": facts["images"], **facts["counts"]})
-                self.began.append(facts["began"])
-                advance(facts["shards"])
-        return TopK.of(*(torch.from_numpy(x.copy()) for x in tree.whole()))
+        centers, shards, self.counts["images"] = range(self.table.num_rows)[rows], list(enumerate(self.paths)), 0
+        if self.here:
+            top, facts = self.here.score(shards, k, rows)
+            self._note(facts)
+        else:
+            with progress.current().bar("score", len(shards), "shards") as advance:
+                tree = Tree(len(centers))
+                for facts in through(self.actors, shards, sizes, k, centers, tree):
+                    self._note(facts)
+                    advance(facts["shards"])
+            top = tree.whole()
+        return TopK.of(*(torch.from_numpy(x.copy()) for x in top))
+
+    def _note(self, facts: dict) -> None:
+        self.counts.update({"images": facts["images"], **facts["counts"]})
+        self.began.append(facts["began"])
 
     def facts(self) -> dict:
         """For the stage's marker: images, pairs by what was done with them, seconds until the first actor began."""

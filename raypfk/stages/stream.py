@@ -1,10 +1,10 @@
-"""One Ray Data pipeline, shared by extraction, evaluation and training: shards -> decoded images -> actors.
+"""One Ray Data pipeline, shared by extraction, evaluation and training: shards -> decoded images -> actors or tasks.
 
 A block is one pool shard, from reading to writing: so an output file carries its input shard's name, a rerun knows
 what is done, and nothing depends on which actor met which shard.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,11 +166,11 @@ def _refuse_other(run: Run, path: str, meta: dict[str, Any], expected: dict[str,
 
 
 def normalise(image_NCHW: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """uint8 pixels -> float32 (x / 255 - mean) / std."""
+    """uint8 pixels -> float32 (x / 255 - mean) / std, channels last as the network's weights are."""
     shape = (1, -1, 1, 1)
     mean = torch.tensor(spec.mean, device=image_NCHW.device).view(shape)
     std = torch.tensor(spec.std, device=image_NCHW.device).view(shape)
-    return (image_NCHW.float() / 255 - mean) / std
+    return ((image_NCHW.float() / 255 - mean) / std).to(memory_format=torch.channels_last)
 
 
 def batches(
@@ -190,16 +190,24 @@ def batches(
 
 def decoded(shards: Sequence[Shard], decoder: Decoder) -> ray.data.Dataset:
     """The shards' images as a Ray dataset, one block a shard. What was rejected of them before counts no more."""
-    if decoder.rejects:
-        before = set(store.names(decoder.rejects, ".parquet"))
+    return _per_shard(shards, decoder, decoder.rejects)
+
+
+def _per_shard(
+    shards: Sequence[Shard], do: Callable[[dict], dict], rejects: str | None, tasks: int | None = None
+) -> ray.data.Dataset:
+    """tasks: at a time; None: as Ray Data sees fit."""
+    if rejects:
+        before = set(store.names(rejects, ".parquet"))
         for shard in shards:
             if shard.name in before:
-                store.delete(store.join(decoder.rejects, shard.name))
+                store.delete(store.join(rejects, shard.name))
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard: never split it
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True  # a wrapped one loses, on its way here, what it was raised from
-    return ray.data.from_items(list(shards), override_num_blocks=max(1, len(shards))).map_batches(decoder, batch_size=1)
+    items = ray.data.from_items(list(shards), override_num_blocks=max(1, len(shards)))
+    return items.map_batches(do, batch_size=1, compute=ray.data.TaskPoolStrategy(tasks))
 
 
 def rejects_of(run: Run, split: str, folder: str) -> Rejects:
@@ -209,7 +217,7 @@ def rejects_of(run: Run, split: str, folder: str) -> Rejects:
 def through_actors(
     shards: Sequence[Shard], decoder: Decoder, actor: type, kwargs: dict[str, Any], run: Run, split: str
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Run shards of a split through an actor pool; yields what the actors return for each shard, as it comes.
+    """Run shards of a split through actors, or tasks where there is no GPU; yields what they return, as it comes.
 
     actor: class whose __call__ takes and returns a batch of columns, one shard at a time.
     UserError where more images are rejected than `data.max_rejects` lets pass.
@@ -221,7 +229,19 @@ def through_actors(
     wanted = resources.extract_actors or (int(session.gpus() / gpus) if gpus else session.cpus())
     count = max(1, min(wanted, len(shards)))
     session.require("one actor of extraction", GPU=gpus, CPU=1)
-    dataset = decoded(shards, decoder).map_batches(
+    dataset = (by_actors if gpus else by_tasks)(shards, decoder, actor, kwargs, count, gpus)
+    rejects = rejects_of(run, split, decoder.rejects)
+    for batch in dataset.iter_batches(batch_size=None):
+        yield batch
+        rejects.look(every=_LOOK_S)
+    rejects.look()
+
+
+def by_actors(
+    shards: Sequence[Shard], decoder: Decoder, actor: type, kwargs: dict[str, Any], count: int, gpus: float
+) -> ray.data.Dataset:
+    """Decoded by tasks, and used by so many actors with so many GPUs each."""
+    return decoded(shards, decoder).map_batches(
         actor,
         batch_size=None,
         # One actor is enough to begin: a cluster may have fewer places than were asked for, or grow.
@@ -229,8 +249,29 @@ def through_actors(
         fn_constructor_kwargs=kwargs,
         num_gpus=gpus or None,
     )
-    rejects = rejects_of(run, split, decoder.rejects)
-    for batch in dataset.iter_batches(batch_size=None):
-        yield batch
-        rejects.look(every=_LOOK_S)
-    rejects.look()
+
+
+def by_tasks(
+    shards: Sequence[Shard], decoder: Decoder, actor: type, kwargs: dict[str, Any], count: int, _gpus: float = 0
+) -> ray.data.Dataset:
+    """Without a GPU to hold: in so many tasks at a time, whose processes Ray uses again in the next stage. The start of
+    one (the import of torch alone takes seconds) costs more than a round on a small pool."""
+    return _per_shard(shards, _Both(decoder, actor, ray.put(kwargs)), decoder.rejects, count)
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Decodes a shard and does with it what an actor would do; a process keeps the last `actor` that it made."""
+
+    decoder: Decoder
+    actor: type
+    kwargs: ray.ObjectRef
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        global _kept
+        if _kept[0] != self.kwargs:
+            _kept = (self.kwargs, self.actor(**ray.get(self.kwargs)))
+        return _kept[1](self.decoder(batch))
+
+
+_kept: tuple[ray.ObjectRef | None, Any] = (None, None)
