@@ -23,7 +23,7 @@ Share = int | float
 LONGEST = 1 << 20
 """Bytes of a configuration."""
 MOST_ALIASES = 32
-ESTIMATORS = ("true", "predicted", "neighbour", "vote", "soft", "mc-trace", "mc-information")
+ESTIMATORS = ("true", "predicted", "neighbour", "vote", "soft", "discriminant", "mc-trace", "mc-information")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -174,6 +174,20 @@ class VoteConfig(Section):
     """The nearest are found by features of so many by so many places of the image, side by side; 1: their mean."""
 
 
+class DiscriminantConfig(Section):
+    """Label estimator `discriminant`: linear discriminants of the validation set's features, with a temperature."""
+
+    grid: Positive = 4
+    """Of features of so many by so many places of the image, side by side; 1: of their mean. The memory and the time of
+    the driver grow with the square and the third power of how many numbers that are."""
+    shrinkage: Annotated[float, Field(gt=0)] = 0.01
+    """Times the mean variance, added to each variance."""
+    classes: Positive = 10
+    """Likeliest classes of an image that are kept; of the others the probability counts as 0."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """A score with a center of class y is multiplied by (probability of y) to this power."""
+
+
 class MonteCarloConfig(Section):
     """Label estimators `mc-trace` and `mc-information` (section 4.3): samples around each image."""
 
@@ -308,6 +322,7 @@ class Config(Section):
     elsewhere: ElsewhereConfig = ElsewhereConfig()
     label_estimator: Literal[ESTIMATORS] = "neighbour"
     vote: VoteConfig = VoteConfig()
+    discriminant: DiscriminantConfig = DiscriminantConfig()
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
     vaal: VaalConfig = VaalConfig()

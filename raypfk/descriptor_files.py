@@ -89,10 +89,8 @@ def stored_origin(run: Run, full: Origin, directions: Directions | None) -> Orig
     """Of the pool's descriptors that go with the validation set's."""
     if full.vectors == GRADIENTS:
         return full
-    config, fingerprint = run.config, directions.fingerprint if directions else None
-    votes = min(config.vote.neighbours, run.classes) if config.label_estimator == "vote" else 0
-    dtype = config.descriptors.dtype
-    return replace(full, lengths=run.stored_lengths, dtype=dtype, directions=fingerprint, votes=votes, grid=0)
+    fingerprint, dtype = directions.fingerprint if directions else None, run.config.descriptors.dtype
+    return replace(full, lengths=run.stored_lengths, dtype=dtype, directions=fingerprint, votes=run.votes, grid=0)
 
 
 # --------------------------------------------------------------------------------------------- tensors and columns

@@ -198,12 +198,27 @@ class Run:
 
     @property
     def grid(self) -> int:
-        """Side of the grid of places that the label estimator's neighbours are found by; 1 where it asks for none."""
-        return self.config.vote.grid if self.config.label_estimator in ("vote", "soft") else 1
+        """Side of the grid of places whose features the label estimator goes by; 1 where it asks for none."""
+        config = self.config
+        sides = {"vote": config.vote.grid, "soft": config.vote.grid, "discriminant": config.discriminant.grid}
+        return sides.get(config.label_estimator, 1)
+
+    @property
+    def votes(self) -> int:
+        """Classes of an image whose shares weigh its scores; 0 where the label estimator gives none."""
+        config = self.config
+        most = {"vote": config.vote.neighbours, "discriminant": config.discriminant.classes}
+        return min(most.get(config.label_estimator, 0), self.classes)
+
+    @property
+    def vote_power(self) -> float:
+        """Gamma of `pfk.Votes`, where there are votes."""
+        config = self.config
+        return (config.discriminant if config.label_estimator == "discriminant" else config.vote).power
 
     @cached_property
     def grid_lengths(self) -> tuple[int, ...]:
-        """Of the scales by which the label estimator finds neighbours, where `grid` is above 1; else none."""
+        """Of the scales of the features that the label estimator goes by, where `grid` is above 1; else none."""
         net, image = self.architecture.build(), self.image
         wanted = (self.config.model.taps, image.channels, image.size, self.grid)
         return models.check_taps(net, *wanted) if self.grid > 1 else ()

@@ -184,7 +184,10 @@ def test_unknown_strategy(write):
 @pytest.mark.parametrize(
     ("key", "options"),
     [
-        ("label_estimator", ("true", "predicted", "neighbour", "vote", "soft", "mc-trace", "mc-information")),
+        (
+            "label_estimator",
+            ("true", "predicted", "neighbour", "vote", "soft", "discriminant", "mc-trace", "mc-information"),
+        ),
         ("scale_weight", ("length", "length-squared", "equal")),
         ("oracle", ("simulated", "file")),
         ("train.augment", ("none", "flip", "crop-flip")),

@@ -20,6 +20,7 @@ from raypfk.pfk.descriptors import (
     spatial_mean,
     standardise,
 )
+from raypfk.pfk.discriminant import Discriminant, fit_discriminant
 from raypfk.pfk.dropout import McDropout
 from raypfk.pfk.greedy import LastLayer
 from raypfk.pfk.kernel import Descriptors, Kernel, scale_weights
@@ -30,6 +31,7 @@ from raypfk.pfk.two_sample import TwoSample, kernel_two_sample
 
 __all__ = [
     "Descriptors",
+    "Discriminant",
     "Kernel",
     "LastLayer",
     "McDropout",
@@ -44,6 +46,7 @@ __all__ = [
     "dequantise",
     "features",
     "fisher_scores",
+    "fit_discriminant",
     "fit_power_law",
     "greedy_k_center",
     "grid_features",

@@ -35,7 +35,8 @@ def neighbour(z_NL: Tensor, zref_ML: Tensor, labels_M: Tensor, kernel: Kernel) -
 
 
 class Voted(NamedTuple):
-    """What the nearest validation images say of N pool images; `classes` and `shares` are as `Votes` takes them."""
+    """What the nearest validation images, or discriminants, say of N pool images; `classes` and `shares` are as `Votes`
+    takes them."""
 
     labels: Tensor
     """(N,) int64, the class of most votes; of equals the one whose nearest voter is nearest."""

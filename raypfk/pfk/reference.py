@@ -123,6 +123,38 @@ def neighbour(row: Vector) -> int:
     return top_k(row, range(len(row)), 1)[0][1]
 
 
+def discriminant(z: Vector, train: Sequence[Vector], labels: Sequence[int], num_classes: int, ridge: float) -> Vector:
+    """log p(y, z) of each class but for what is alike: Gaussians around the classes' means, all of one covariance, to
+    whose variances `ridge` times their mean is added; -inf for a class without an example."""
+    size, count = len(z), [labels.count(d) for d in range(num_classes)]
+    means = [
+        [sum(x[i] for x, y in zip(train, labels, strict=True) if y == d) / max(1, count[d]) for i in range(size)]
+        for d in range(num_classes)
+    ]
+    apart = [[v - means[y][i] for i, v in enumerate(x)] for x, y in zip(train, labels, strict=True)]
+    spread = [[sum(x[i] * x[j] for x in apart) / len(train) for j in range(size)] for i in range(size)]
+    mean_variance = sum(spread[i][i] for i in range(size)) / size
+    for i in range(size):
+        spread[i][i] += ridge * mean_variance if mean_variance > 0 else 1.0
+    found = []
+    for d in range(num_classes):
+        away = [v - m for v, m in zip(z, means[d], strict=True)]
+        distance = sum(a * b for a, b in zip(away, _solved(spread, away), strict=True))
+        found.append(math.log(count[d] / len(train)) - distance / 2 if count[d] else -math.inf)
+    return found
+
+
+def _solved(matrix: Sequence[Vector], right: Vector) -> Vector:
+    """x of matrix x = right, by Gauss and Jordan, for a positive definite matrix."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for i in range(len(rows)):
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for j in range(len(rows)):
+            if j != i:
+                rows[j] = [a - rows[j][i] * b for a, b in zip(rows[j], rows[i], strict=True)]
+    return [row[-1] for row in rows]
+
+
 def vote(row: Vector, labels: Sequence[int], k: int) -> list[tuple[int, float]]:
     """(class, share) of the votes of the k largest scores: by votes descending, then by the class's first voter."""
     voters = [labels[index] for _, index in top_k(row, range(len(row)), k)]

@@ -33,7 +33,7 @@ from raypfk.stages.stream import (
     through_actors,
 )
 
-REFERRING = ("neighbour", "vote", "soft")
+REFERRING = ("neighbour", "vote", "soft", "discriminant")
 """Label estimators that look at the validation set."""
 
 
@@ -88,12 +88,20 @@ def _descriptors(run: Run, round: int, facts: dict) -> None:
     reference = None
     if estimator in REFERRING:
         z_ML = descriptor_files.read_grid(run, round) if run.grid > 1 else described.z
-        reference = ray.put(z_ML.numpy()), ray.put(validation["label"].to_numpy())
+        reference = tuple(ray.put(x.numpy()) for x in _reference(run, z_ML, validation))
     origin = descriptor_files.stored_origin(run, full, directions)
     method = describe(run, round, origin, estimator, reference, directions)
     images = _pool(run, round, networks, method, facts, ("label",) if estimator == "true" else ())
     samples = run.config.monte_carlo.samples if estimator.startswith("mc-") else 0
     _count(facts, images * (1 + samples), images * (method.fisher + samples * run.classes))
+
+
+def _reference(run: Run, z_ML: torch.Tensor, validation: pa.Table) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the label estimator takes from the validation set: its features and labels, or what was learnt from them."""
+    labels_M = torch.from_numpy(validation["label"].to_numpy().copy())
+    if run.config.label_estimator == "discriminant":
+        return pfk.fit_discriminant(z_ML, labels_M, run.classes, run.config.discriminant.shrinkage)
+    return z_ML, labels_M
 
 
 def describe(

@@ -61,7 +61,8 @@ class Describe:
     """Features and Fisher scores, standardised, and the label that was estimated.
 
     fisher: False leaves the Fisher scores zero and costs no backward. seed: of the Monte Carlo samples.
-    reference: for the estimators of neighbours, the validation set's features (M, L) float32 and labels (M,) int64.
+    reference: for the estimators of neighbours, the validation set's features (M, L) float32 and labels (M,) int64; for
+    `discriminant` what was learnt from them.
     grid: where it is above 1, these are grid features (M, L') of so many by so many places, which a description of the
     validation set, without reference, keeps.
     directions: if given, descriptors are projected on them once the label is estimated.
@@ -138,8 +139,11 @@ class _Describer:
                 target = estimated = _padded(rows["label"], predicted)
             case "neighbour":
                 target = estimated = pfk.neighbour(near_BL, *self.reference, kernel)[0]
-            case "vote" | "soft":
-                voted = pfk.vote(near_BL, *self.reference, kernel, told.vote.neighbours)
+            case "vote" | "soft" | "discriminant":
+                if told.estimator == "discriminant":
+                    voted = pfk.Discriminant(*self.reference).vote(near_BL, told.origin.votes)
+                else:
+                    voted = pfk.vote(near_BL, *self.reference, kernel, told.vote.neighbours)
                 estimated = voted.labels
                 target = voted.soft(self.classes) if told.estimator == "soft" else estimated
                 if told.origin.votes:
