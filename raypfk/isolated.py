@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,13 +31,15 @@ START_SECONDS = 120.0
 """Of the child: it imports torch."""
 MEMORY = 8 << 30
 """Bytes of address space that a child may take for an image, above what it starts with."""
+SMALL = 4096
+"""Bytes of an image, encoded and decoded, that is kept for the next time: 65,536 of them are half a GiB at most."""
 
 Decode = dict[str, Any]
 """Arguments of `images.load`; empty: `images.decode` with all its pixels, and `max_pixels`."""
 
 
 def decoded(encoded: Iterable[bytes | str], how: Decode, mark: str | None) -> Iterator[torch.Tensor | BadImage]:
-    """uint8 pixels of each image, in order, or why there are none.
+    """uint8 pixels of each image, in order, or why there are none. To be read only: small ones are kept.
 
     encoded: a str says why an image could not be read. mark: path of a file that is there while this is at work; where
     it is there before, an earlier attempt died of these images. None: they are known to be harmless.
@@ -60,6 +63,16 @@ def _decode(data: bytes, how: Decode) -> torch.Tensor:
     return images.load(data, **how) if "size" in how else images.decode(data, None, **how)
 
 
+@lru_cache(maxsize=1 << 16)
+def _decode_small(data: bytes, how: tuple[tuple[str, Any], ...]) -> torch.Tensor:
+    """Rounds, and the runs of an experiment, see a small pool again and again: a process decodes it once."""
+    return _decode(data, dict(how))
+
+
+def _is_small(data: bytes, how: Decode) -> bool:
+    return len(data) <= SMALL and "size" in how and how["size"] ** 2 * how["channels"] <= SMALL
+
+
 class _Here:
     """Decodes in this process, and ends it when an image is stuck: nothing else stops compiled code."""
 
@@ -77,7 +90,7 @@ class _Here:
     def decode(self, data: bytes, how: Decode) -> torch.Tensor:
         self._began = time.monotonic()
         try:
-            return _decode(data, how)
+            return _decode_small(data, tuple(how.items())) if _is_small(data, how) else _decode(data, how)
         except MemoryError:  # this process holds much else
             pass
         finally:

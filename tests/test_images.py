@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from raypfk import images
+from raypfk import images, isolated
 from raypfk.images import BadImage, decode, encode_png, fit, load
 
 DATA = Path(os.environ.get("RAYPFK_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -265,3 +266,21 @@ def test_real_imagenet_files_decode_as_pil_decodes_them():
         assert np.array_equal(decode(data, 3, MAX).numpy(), expected(data, "RGB"))
         channels.append(decode(data, None, MAX).shape[0] == 1)
         assert (Image.open(path).mode == "L") == channels[-1]
+
+
+def test_a_process_decodes_a_small_image_once(monkeypatch):
+    """The same pixels the next time, of each size that is asked for; a large image, or a bad one, is tried again."""
+    small = encode_png(np.arange(64, dtype=np.uint8).reshape(8, 8) + 91)  # of no other test
+    large = encode_png(np.random.default_rng(0).integers(0, 256, (70, 70), np.uint8))
+    tried = []
+    monkeypatch.setattr(images, "load", lambda data, **how: tried.append(data) or load(data, **how))
+
+    def decoded(size: int) -> list[torch.Tensor | BadImage]:
+        how = {"size": size, "resize": size, "channels": 1, "max_pixels": 10**6}
+        return list(isolated.decoded([small, large, b"none"], how, None))
+
+    first, again, smaller = decoded(8), decoded(8), decoded(4)
+    assert len(large) > isolated.SMALL
+    assert Counter(tried) == {small: 2, large: 3, b"none": 3}
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and smaller[0].shape == (1, 4, 4)
+    assert all(isinstance(found[2], BadImage) for found in (first, again, smaller))
