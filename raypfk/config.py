@@ -186,9 +186,6 @@ class DiscriminantConfig(Section):
     """Likeliest classes of an image that are kept; of the others the probability counts as 0."""
     power: Annotated[float, Field(gt=0)] = 1.0
     """A score with a center of class y is multiplied by (probability of y) to this power."""
-    rarest: Annotated[float, Field(gt=0, le=1)] | None = 0.03
-    """That probability is of the pool's class shares, as EM estimates them, none of them below this / D for D classes;
-    null: of the validation set's shares."""
 
 
 class MonteCarloConfig(Section):

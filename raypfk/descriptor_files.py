@@ -137,12 +137,9 @@ def votes_column(x_NV: Tensor) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(x_NV.flatten().numpy()), x_NV.shape[1])
 
 
-VOTES = ("vote_classes", "vote_shares")
-
-
 def votes_of(table: pa.Table) -> tuple[Tensor, Tensor]:
     """Classes (N, V) int64 and shares (N, V) float32 of a pool shard's votes."""
-    classes, shares = (table[name].combine_chunks() for name in VOTES)
+    classes, shares = (table[name].combine_chunks() for name in ("vote_classes", "vote_shares"))
     numbers = [torch.from_numpy(x.flatten().to_numpy().copy()).view(len(x), -1) for x in (classes, shares)]
     return numbers[0].long(), numbers[1]
 
@@ -181,7 +178,7 @@ def read(
 
 def read_shard(run: Run, path: str, shard: Shard, expected: Origin) -> tuple[pa.Table, Descriptors | LastLayer]:
     """Ids (and votes) and vectors of a pool shard, checked against the centers' origin and the shard's range of ids."""
-    columns = ["image_id", *VOTES] if expected.votes else ["image_id"]
+    columns = ["image_id", "vote_classes", "vote_shares"] if expected.votes else ["image_id"]
     try:
         table, described = read(run, path, expected, "the centers", columns)
         _check_range(path, table["image_id"], shard)

@@ -314,33 +314,25 @@ def test_monte_carlo_samples_are_an_images_own(tmp_path):
         (1.0, {"label_estimator": "vote", "vote": {"neighbours": 5}}),
         (2.0, {"label_estimator": "vote", "vote": {"neighbours": 5, "power": 2.0}}),
         (2.0, {"label_estimator": "discriminant", "discriminant": {"grid": 1, "classes": 5, "power": 2.0}}),
-        (1.0, {"label_estimator": "discriminant", "discriminant": {"classes": 5, "rarest": None}}),
     ],
 )
 def test_votes_weigh_the_scores(tmp_path, power, settings):
-    """A candidate's score is the kernel times the share of its 5 neighbours that have the center's class, or times its
-    probability, if it is one of the 5 likeliest, among images of the pool's or of the validation set's class shares."""
+    """A candidate's score is the kernel times the share of its 5 neighbours that have the center's class, or that
+    class's probability where it is one of the 5 likeliest."""
     out = str(tmp_path / "run")
     chosen = tiny.select(out, **settings)
     assert len(set(chosen)) == 12
     run = Run.open(out)
     centers, described, origin = descriptor_files.read_centers(run, 1)
-    pool, ids, shares, votes = [], [], {}, []
+    pool, ids, shares = [], [], {}
     for shard in run.pool.shards("pool"):
         path = store.join(run.round(1).descriptors, shard.name)
         table, part = descriptor_files.read_shard(run, path, shard, origin)
         run.read(path, descriptors(80, votes=5))
         ids += table["image_id"].to_pylist()
         pool.append(part)
-        votes.append(descriptor_files.votes_of(table))
-    classes, share = map(torch.cat, zip(*votes, strict=True))
-    if run.config.label_estimator == "discriminant" and run.config.discriminant.rarest:
-        trusted = torch.tensor(descriptor_files.read_validation(run, 1)[0]["label"].to_pylist())
-        ratio = pfk.prior_ratio(classes, share, trusted, 10, 0.003)
-        assert ratio.max() > 1 > ratio.min() > 0
-        share = pfk.reweighted(classes, share, ratio)
-    for name, of, numbers in zip(ids, classes.tolist(), share.tolist(), strict=True):
-        shares[name] = dict(zip(of, numbers, strict=True))
+        for row in table.to_pylist():
+            shares[row["image_id"]] = dict(zip(row["vote_classes"], row["vote_shares"], strict=True))
     assert all(0 < sum(of.values()) < 1 + 1e-6 for of in shares.values())
     assert settings["label_estimator"] != "vote" or all(sum(of.values()) > 1 - 1e-6 for of in shares.values())
     pool = Descriptors(*map(torch.cat, zip(*pool, strict=True)))

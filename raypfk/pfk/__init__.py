@@ -25,7 +25,6 @@ from raypfk.pfk.dropout import McDropout
 from raypfk.pfk.greedy import LastLayer
 from raypfk.pfk.kernel import Descriptors, Kernel, scale_weights
 from raypfk.pfk.labels import Voted, mc_information, mc_trace, neighbour, predicted, vote
-from raypfk.pfk.prior import class_shares, prior_ratio, reweighted
 from raypfk.pfk.stopping import PowerLaw, fit_power_law, mcnemar, standard_error
 from raypfk.pfk.topk import TopK, Votes
 from raypfk.pfk.two_sample import TwoSample, kernel_two_sample
@@ -44,7 +43,6 @@ __all__ = [
     "Voted",
     "Votes",
     "class_scores",
-    "class_shares",
     "dequantise",
     "features",
     "fisher_scores",
@@ -62,11 +60,9 @@ __all__ = [
     "neighbour",
     "predicted",
     "principal_directions",
-    "prior_ratio",
     "project",
     "quantise",
     "rank_by_rank",
-    "reweighted",
     "scale_weights",
     "spatial_mean",
     "standard_error",

@@ -23,11 +23,8 @@ from raypfk import descriptor_files, pfk, progress, session, store
 from raypfk.descriptor_files import Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TopK, Votes
-from raypfk.pool import Shard
 from raypfk.run import Run
-from raypfk.salts import salts
 from raypfk.schema import CANDIDATES
-from raypfk.stages.best import each
 from raypfk.stages.keys import ids_of, keys_of
 
 _CALLS = 2  # of an actor at once: the shards of one are read while the other's are scored
@@ -38,7 +35,6 @@ _CHUNKS = 8  # per actor: enough that the last ones end together
 _FAN_IN = 8  # parts that one merge takes
 _CANDIDATES = 1 << 24  # of all centers that are looked at together, where K had to grow
 _ATTEMPTS = 4  # at one chunk, where actors die of it
-_SAMPLE = 1 << 16  # images of the pool by which class shares are estimated
 _HERE = 1 << 26  # pairs that are scored sooner than an actor is up
 
 
@@ -86,14 +82,13 @@ class Scorer:
 
     def __init__(
         self, run: Run, kernel: Kernel, origin: Origin, z: np.ndarray, g: np.ndarray, threads: int, gpu: bool = False,
-        labels: np.ndarray | None = None, ratio: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
     ):  # fmt: skip
         self.run, self.kernel, self.origin = run, kernel, origin
         self.shards = run.pool.shards("pool")
         self.device = torch.device("cuda" if gpu else "cpu")
         self.centers = Descriptors(_shared(z), _shared(g)).to(self.device)
         self.labels = None if labels is None else _shared(labels).to(self.device)
-        self.ratio = None if ratio is None else _shared(ratio)
         self.threads, self.readers, self.turn = threads, threads if gpu else 1, threading.Lock()
         self.known, self.best = None, None
 
@@ -136,10 +131,7 @@ class Scorer:
     def _votes(self, part: Images, rows: slice) -> Votes | None:
         if part.votes is None:
             return None
-        classes, shares = part.votes
-        if self.ratio is not None:
-            shares = pfk.reweighted(classes, shares, self.ratio).float()
-        classes, shares = classes.to(self.device), shares.to(self.device)
+        classes, shares = (x.to(self.device) for x in part.votes)
         return Votes(classes, shares, self.labels[rows], self.run.vote_power)
 
     def merge(self, *parts: tuple[np.ndarray, np.ndarray]) -> tuple[tuple, dict]:
@@ -237,10 +229,10 @@ class Scoring:
     """A round's centers in actors, or here where they and the pool are few, for one scan of its descriptors or more."""
 
     def __init__(self, run: Run, round: int):
-        self.run, self.round, self.start = run, round, time.time()
+        self.run, self.start = run, time.time()
         self.table, self.centers, self.origin = descriptor_files.read_centers(run, round)
-        self.folder = run.round(round).descriptors
-        self.paths = [store.join(self.folder, shard.name) for shard in run.pool.shards("pool")]
+        folder = run.round(round).descriptors
+        self.paths = [store.join(folder, shard.name) for shard in run.pool.shards("pool")]
         self.counts, self.began, self.actors, self.here = Counter(), [], [], None
 
     def __enter__(self) -> "Scoring":
@@ -251,33 +243,14 @@ class Scoring:
         told = (self.run, self.run.stored_kernel(), self.origin)
         z, g = (x.numpy() for x in self.centers)
         labels = self.table["label"].to_numpy() if self.origin.votes else None
-        ratio = self._prior_ratio()
         pairs = self.table.num_rows * self.run.pool.rows("pool")
         if pairs <= _HERE and not gpus and not resources.score_actors:
-            self.here = Scorer(*told, z, g, threads, labels=labels, ratio=ratio)
+            self.here = Scorer(*told, z, g, threads, labels=labels)
             return self
         session.require("scoring", CPU=count * threads, GPU=count * gpus)
         z, g, labels = ray.put(z), ray.put(g), None if labels is None else ray.put(labels)
-        self.actors = [start(*told, z, g, threads, gpus, labels, ratio) for _ in range(count)]
+        self.actors = [start(*told, z, g, threads, gpus, labels) for _ in range(count)]
         return self
-
-    def _prior_ratio(self) -> np.ndarray | None:
-        """How many times as frequent each class is in the pool as in the validation set, where votes are to say so."""
-        run, rarest = self.run, self.run.config.discriminant.rarest
-        if run.config.label_estimator != "discriminant" or rarest is None:
-            return None
-        share, seed = min(1.0, _SAMPLE / max(1, run.pool.rows("pool"))), run.seed("class shares")
-        folder = self.folder
-
-        def sampled(shards: list[Shard]) -> pa.Table:
-            files = (store.join(folder, shard.name) for shard in shards)
-            table = pa.concat_tables(run.read(file, columns=["image_id", *descriptor_files.VOTES]) for file in files)
-            return table.filter(pa.array(salts(table["image_id"].to_pylist(), seed) < share * 2.0**64))
-
-        table = pa.concat_tables(each(sampled, run.pool.shards("pool"))).sort_by("image_id")
-        known = run.read(run.round(self.round).validation, columns=["label"])["label"]
-        labels = torch.from_numpy(known.to_numpy().copy())
-        return pfk.prior_ratio(*descriptor_files.votes_of(table), labels, run.classes, rarest / run.classes).numpy()
 
     def __exit__(self, *_) -> None:
         for actor in self.actors:
@@ -312,12 +285,12 @@ class Scoring:
 
 def start(
     run: Run, kernel: Kernel, origin: Origin, z: ray.ObjectRef, g: ray.ObjectRef, threads: int, gpus: float = 0,
-    labels: ray.ObjectRef | None = None, ratio: np.ndarray | None = None,
+    labels: ray.ObjectRef | None = None,
 ):  # fmt: skip
-    """A scoring actor. labels: the centers' classes, which votes are for. ratio: (D,), of `pfk.reweighted`."""
+    """A scoring actor. labels: the centers' classes, which votes are for."""
     options = {"num_cpus": threads, "max_concurrency": _CALLS, "max_restarts": 4, "max_task_retries": 4}
     actor = ray.remote(Scorer).options(num_gpus=gpus or None, **options)
-    return actor.remote(run, kernel, origin, z, g, threads, gpus > 0, labels, ratio)
+    return actor.remote(run, kernel, origin, z, g, threads, gpus > 0, labels)
 
 
 def through(
