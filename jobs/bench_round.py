@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # python jobs/… puts jobs/ there, not the repository
 
 from raypfk import config as configs
-from raypfk import descriptor_files, loop, pfk, session, store
+from raypfk import descriptor_files, isolated, loop, pfk, session, store
 from raypfk.run import Run
 from raypfk.schema import RoundDir
 from raypfk.stages import extract, score
@@ -84,6 +84,7 @@ def _pair(run: Run, network, scratch: str) -> tuple[dict, dict]:
     """The round on Ray, then in this process when no Ray is there."""
     with session.ray_session():
         ray = _on_ray(run)
+    isolated.decode_small.cache_clear()  # of the pair before: Ray's processes are new
     plain = _plain(run, network, scratch)
     if plain.pop("selection") != run.read(run.round(1).selection)["image_id"].to_pylist():
         sys.exit("the plain process selected other images: the figures compare nothing")

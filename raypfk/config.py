@@ -297,11 +297,11 @@ class ResourcesConfig(Section):
     """Share of the cluster; changes the speed and never the selection."""
 
     extract_actors: Positive | None = None
-    """null: one per GPU, or one per CPU core where there is no GPU."""
+    """null: one per GPU, or one per CPU core where there is no GPU, and tasks at a time do what actors would do."""
     extract_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; null: 1 where the cluster has any, else 0."""
     score_actors: Positive | None = None
-    """null: one per GPU, or one per CPU core where there is no GPU."""
+    """null: one per GPU, or one per CPU core where there is no GPU; none, where the driver has scored sooner."""
     score_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; null: 1 where the cluster has any, else 0."""
     score_threads: Positive = 1

@@ -64,7 +64,7 @@ def _decode(data: bytes, how: Decode) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1 << 16)
-def _decode_small(data: bytes, how: tuple[tuple[str, Any], ...]) -> torch.Tensor:
+def decode_small(data: bytes, how: tuple[tuple[str, Any], ...]) -> torch.Tensor:
     """Rounds, and the runs of an experiment, see a small pool again and again: a process decodes it once."""
     return _decode(data, dict(how))
 
@@ -90,7 +90,7 @@ class _Here:
     def decode(self, data: bytes, how: Decode) -> torch.Tensor:
         self._began = time.monotonic()
         try:
-            return _decode_small(data, tuple(how.items())) if _is_small(data, how) else _decode(data, how)
+            return decode_small(data, tuple(how.items())) if _is_small(data, how) else _decode(data, how)
         except MemoryError:  # this process holds much else
             pass
         finally:
