@@ -48,7 +48,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "nested in lines": ("".join(" " * i + "a:\n" for i in range(900)), "nested too deep"),
     "tab": ("a:\n\tb: 1\n", YAML + r"found character '\\t' that cannot start any token in line 2, column 1"),
     "two documents": (TEXT + "---\n" + TEXT, YAML + "but found another document"),
-    "a key twice": (TEXT + "budget: 3\n", YAML + "the key 'budget' is there twice in line 37, column 1"),
+    "a key twice": (TEXT + "budget: 3\n", YAML + "the key 'budget' is there twice in line 36, column 1"),
     "a key twice in a section": ("train: {lr: 1, lr: 2}\n", YAML + "the key 'lr' is there twice in line 1, column 16"),
     "a key that is a list": (TEXT + "? [1]\n: 2\n", YAML + "found unhashable key"),
     "a key that is a number": (TEXT + "1: 2\n", "1: Keys should be strings"),
