@@ -17,6 +17,8 @@ from raypfk.errors import RunError, UserError, WaitingForLabels
 
 _verbose = click.option("--verbose", is_flag=True, help="Ray's own messages, and tracebacks.")
 _round = click.option("--round", "number", type=click.IntRange(min=0), required=True, help="Round, from 1 (0: train).")
+AGAIN_S = 0.05
+"""Until a SIGTERM that Python has lost comes again: longer than it takes to destroy an object."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -30,7 +32,7 @@ def cli():
 @click.option("--config", "config_option", type=click.Path(), help="The same, as an option.")
 @click.option("--out", required=True, help="Run directory: a local path or s3://bucket/key.")
 @click.option("--strategy", help="One of docs/strategies.md, or package.module:function.")
-@click.option("--label-estimator", help="neighbour, vote, soft, predicted, mc-trace, mc-information, true.")
+@click.option("--label-estimator", help="Of the classes of the pool: one of docs/strategies.md.")
 @click.option("--rounds", type=int, help="Rounds of selection.")
 @click.option("--seed", type=int, help="Seed of split, imbalance, weights, centers and training.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any field, as in train.epochs=20.")
@@ -219,15 +221,24 @@ def _hear_sigterm() -> threading.Event:
 
     Ray passes on KeyboardInterrupt alone of what a handler raises while it waits, and makes a new one of it.
     """
-    terminated = threading.Event()
+    terminated, main, otherwise = threading.Event(), threading.main_thread(), sys.unraisablehook
 
     def stop(*_) -> None:
         if not terminated.is_set():  # one is enough: a second would break the ending
             terminated.set()
             raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
+    def unraisable(lost: "sys.UnraisableHookArgs") -> None:
+        """What is raised while an object is destroyed goes nowhere: the signal comes again when that is over."""
+        if not (terminated.is_set() and lost.exc_type is KeyboardInterrupt):
+            otherwise(lost)
+            return
+        terminated.clear()
+        threading.Timer(AGAIN_S, signal.pthread_kill, (main.ident, signal.SIGTERM)).start()
+
+    if threading.current_thread() is main:
         signal.signal(signal.SIGTERM, stop)
+        sys.unraisablehook = unraisable
     return terminated
 
 

@@ -214,6 +214,26 @@ def test_what_a_laptop_lacks_is_said(call, ray_session, yaml_file, tmp_path):
     assert code == 2 and "asks for 1 GPU, there are 0" in err
 
 
+def test_a_sigterm_while_an_object_is_destroyed_is_not_lost():
+    """Python prints what is raised there, and goes on."""
+    script = """
+import os, signal, time, click
+from raypfk import cli
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+@click.command()
+def work():
+    Slow()
+    time.sleep(30)
+cli.run_command(work, [])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 143
+    assert done.stderr.strip() == "raypfk: stopped by SIGTERM; the same command goes on from here"
+
+
 def test_importing_the_program_is_cheap():
     """`raypfk --help` loads neither Ray nor torch."""
     script = "import sys, raypfk.cli; print(any(m in sys.modules for m in ('ray', 'torch', 'torchvision')))"
