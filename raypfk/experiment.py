@@ -34,11 +34,16 @@ Settings = dict[str, Any]
 _NAME = re.compile(r"\w[\w .,=+-]{0,79}")
 
 
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
 class CellConfig(Section):
     set: Settings = Field(default_factory=dict)
     """Fields of a run's configuration, by dotted name: what makes the cell."""
     published: str | None = None
     """The paper's curve that it is to be compared with, as `figure` names it."""
+    seeds: Seeds | None = None
+    """Of the experiment's seeds those that the cell is run on, if it is too dear for all of them."""
 
 
 class ExperimentConfig(Section):
@@ -49,7 +54,7 @@ class ExperimentConfig(Section):
     """A run's configuration, relative to this file."""
     figure: str | None = None
     """The paper's figure whose curves are drawn beside, as in 4b."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Seeds
     set: Settings = Field(default_factory=dict)
     """Fields of all cells."""
     cells: Annotated[dict[str, CellConfig], Field(min_length=1)]
@@ -105,12 +110,15 @@ def load(path: str, settings: dict[str, Any], only: tuple[str, ...] = (), seeds:
         Job(name, seed, configs.load(base, {"seed": seed}, experiment.set | cells[name].set | settings))
         for seed in chosen  # seed by seed: what can be compared is complete early
         for name in (only or cells)
+        if seed in (cells[name].seeds or chosen)
     ]
+    if not jobs:
+        raise UserError(f"--seeds {seeds}: none is among the seeds of {', '.join(map(repr, only or cells))} in {path}")
     record = {
         "title": experiment.title,
         "figure": experiment.figure,
         "seeds": sorted({*experiment.seeds, *chosen}),
-        "cells": {name: {"published": cell.published} for name, cell in cells.items()},
+        "cells": {name: cell.model_dump(include={"published", "seeds"}) for name, cell in cells.items()},
     }
     return Plan(record, jobs, experiment.parallel, experiment.retries)
 

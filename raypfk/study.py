@@ -60,7 +60,7 @@ def open_study(uri: str) -> Study:
     cells, missing = [], []
     for name, facts in record["cells"].items():
         cell = Cell(name, facts.get("published"))
-        for seed in record["seeds"]:
+        for seed in facts.get("seeds") or record["seeds"]:
             place = run_dir(uri, name, seed)
             if store.exists(store.join(place, "run.json")):
                 cell.runs[seed] = Run.open(place)

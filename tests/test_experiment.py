@@ -132,6 +132,21 @@ def test_what_is_to_be_run_can_be_chosen(tmp_path):
         experiment.load(path, {}, (), "x")
 
 
+def test_a_dear_cell_may_be_run_on_some_seeds(tmp_path):
+    """Nothing is missing of the others, whichever are asked for."""
+    path = files(tmp_path, seeds=[0, 1], cells={"random": CELLS["random"], "dear": {**CELLS["random"], "seeds": [1]}})
+    assert [(job.cell, job.seed) for job in experiment.load(path, {}).jobs] == [
+        ("random", 0), ("random", 1), ("dear", 1),
+    ]  # fmt: skip
+    plan = experiment.load(path, {}, (), "1,7")
+    assert [(job.cell, job.seed) for job in plan.jobs] == [("random", 1), ("dear", 1), ("random", 7)]
+    store.write_json(str(tmp_path / "out" / study.RECORD), plan.record)
+    missing = [("random", 0), ("random", 1), ("random", 7), ("dear", 1)]
+    assert study.open_study(str(tmp_path / "out")).missing == missing
+    with pytest.raises(UserError, match="--seeds 7: none is among the seeds of 'dear'"):
+        experiment.load(path, {}, ("dear",), "7")
+
+
 def test_experiments_that_come_with_it_are_valid():
     """Each file of configs/experiments, with a place for its data, says runs that can be."""
     folder = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "experiments")

@@ -43,14 +43,16 @@ class Look(NamedTuple):
     marker: str
 
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "os^DvPX"
+_COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#7F7F7F"),
+)
+_MARKERS = "os^DvPX*hd"
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A colour and a marker for each cell (Okabe and Ito's, which the colour-blind can tell apart; without yellow).
-
-    After seven the colours come again with other markers.
+    """A colour and a marker for each cell: Okabe and Ito's colours, which the colour-blind can tell apart, without
+    yellow, then two of Tol's and grey. After ten the colours come again with other markers.
     """
     return {
         name: Look(_COLORS[i % len(_COLORS)], _MARKERS[(i + i // len(_COLORS)) % len(_MARKERS)])

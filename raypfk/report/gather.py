@@ -19,7 +19,7 @@ from raypfk.salts import salts
 from raypfk.schema import LABELS
 from raypfk.study import Cell, Study
 
-MOST_POINTS = 2000
+MOST_POINTS = 1000
 PERPLEXITY = 30
 
 
