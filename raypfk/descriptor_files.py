@@ -90,7 +90,9 @@ def stored_origin(run: Run, full: Origin, directions: Directions | None) -> Orig
     if full.vectors == GRADIENTS:
         return full
     fingerprint, dtype = directions.fingerprint if directions else None, run.config.descriptors.dtype
-    return replace(full, lengths=run.stored_lengths, dtype=dtype, directions=fingerprint, votes=run.votes, grid=0)
+    return replace(
+        full, lengths=run.stored_lengths, dtype=dtype, directions=fingerprint, votes=run.estimation.votes, grid=0
+    )
 
 
 # --------------------------------------------------------------------------------------------- tensors and columns

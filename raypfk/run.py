@@ -46,6 +46,17 @@ class Passes(NamedTuple):
     partial: int
 
 
+class Estimation(NamedTuple):
+    """What a label estimator asks for. refers: it looks at the validation set. grid: side of the grid of places whose
+    features it goes by. votes: classes of an image whose shares weigh its scores, 0 if it gives none; power: gamma of
+    `pfk.Votes`."""
+
+    refers: bool
+    grid: int = 1
+    votes: int = 0
+    power: float = 1.0
+
+
 @dataclass(frozen=True)
 class Run:
     """An open run directory.
@@ -197,31 +208,27 @@ class Run:
         return models.check_taps(self.architecture.build(), self.config.model.taps, image.channels, image.size)
 
     @property
-    def grid(self) -> int:
-        """Side of the grid of places whose features the label estimator goes by; 1 where it asks for none."""
-        config = self.config
-        sides = {"vote": config.vote.grid, "soft": config.vote.grid, "discriminant": config.discriminant.grid}
-        return sides.get(config.label_estimator, 1)
-
-    @property
-    def votes(self) -> int:
-        """Classes of an image whose shares weigh its scores; 0 where the label estimator gives none."""
-        config = self.config
-        most = {"vote": config.vote.neighbours, "discriminant": config.discriminant.classes}
-        return min(most.get(config.label_estimator, 0), self.classes)
-
-    @property
-    def vote_power(self) -> float:
-        """Gamma of `pfk.Votes`, where there are votes."""
-        config = self.config
-        return (config.discriminant if config.label_estimator == "discriminant" else config.vote).power
+    def estimation(self) -> Estimation:
+        """What the run's label estimator asks for."""
+        vote, discriminant = self.config.vote, self.config.discriminant
+        match self.config.label_estimator:
+            case "neighbour":
+                return Estimation(refers=True)
+            case "vote":
+                return Estimation(True, vote.grid, min(vote.neighbours, self.classes), vote.power)
+            case "soft":
+                return Estimation(True, vote.grid)
+            case "discriminant":
+                return Estimation(True, discriminant.grid, min(discriminant.classes, self.classes), discriminant.power)
+            case _:
+                return Estimation(refers=False)
 
     @cached_property
     def grid_lengths(self) -> tuple[int, ...]:
-        """Of the scales of the features that the label estimator goes by, where `grid` is above 1; else none."""
-        net, image = self.architecture.build(), self.image
-        wanted = (self.config.model.taps, image.channels, image.size, self.grid)
-        return models.check_taps(net, *wanted) if self.grid > 1 else ()
+        """Of the scales of the features that the label estimator goes by, where its grid is above 1; else none."""
+        net, image, grid = self.architecture.build(), self.image, self.estimation.grid
+        wanted = (self.config.model.taps, image.channels, image.size, grid)
+        return models.check_taps(net, *wanted) if grid > 1 else ()
 
     @cached_property
     def last_layer_inputs(self) -> int:

@@ -33,9 +33,6 @@ from raypfk.stages.stream import (
     through_actors,
 )
 
-REFERRING = ("neighbour", "vote", "soft", "discriminant")
-"""Label estimators that look at the validation set."""
-
 
 class Extractor:
     """Actor: a shard's decoded images in, one file of the same name written to `out` by the method."""
@@ -86,8 +83,8 @@ def _descriptors(run: Run, round: int, facts: dict) -> None:
     _count(facts, validation.num_rows, validation.num_rows * method.fisher)
     directions = descriptor_files.fit_directions(run, round, described)
     reference = None
-    if estimator in REFERRING:
-        z_ML = descriptor_files.read_grid(run, round) if run.grid > 1 else described.z
+    if run.estimation.refers:
+        z_ML = descriptor_files.read_grid(run, round) if run.estimation.grid > 1 else described.z
         reference = tuple(ray.put(x.numpy()) for x in _reference(run, z_ML, validation))
     origin = descriptor_files.stored_origin(run, full, directions)
     method = describe(run, round, origin, estimator, reference, directions)
@@ -111,7 +108,7 @@ def describe(
     """How the run's images become descriptors, by this label estimator."""
     config = run.config
     needs_fisher = run.strategy.kind == "kernel" and run.kernel().name != "pcc"
-    told = (config.vote, config.monte_carlo, run.seed("monte carlo", round), run.grid)
+    told = (config.vote, config.monte_carlo, run.seed("monte carlo", round), run.estimation.grid)
     return Describe(origin, tuple(config.model.taps), estimator, needs_fisher, *told, reference, directions)
 
 

@@ -132,7 +132,7 @@ class Scorer:
         if part.votes is None:
             return None
         classes, shares = (x.to(self.device) for x in part.votes)
-        return Votes(classes, shares, self.labels[rows], self.run.vote_power)
+        return Votes(classes, shares, self.labels[rows], self.run.estimation.power)
 
     def merge(self, *parts: tuple[np.ndarray, np.ndarray]) -> tuple[tuple, dict]:
         """Several (scores, keys) as one, and its `floor`."""
