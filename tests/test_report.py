@@ -116,6 +116,16 @@ def test_the_numbers_are_the_runs(finished):
     assert "raypfk report 'a b'" in page.text and "raypfk experiment x.yaml" in page.text
 
 
+def test_ours_is_held_against_the_papers_own_points(finished):
+    """At the labels that a cell and its curve have in common, by the best epoch on the test set."""
+    page = Page(finished)
+    rows = [row for row in page.rows if row[:2] == ["pfk", "PFK S=phat L80"]]
+    assert rows == [
+        ["pfk", "PFK S=phat L80", "3", "37.5 ± 17.7 %", "54.2 ± 17.7 %", "71.6 %", "\N{MINUS SIGN}17.4"],
+        ["pfk", "PFK S=phat L80", "6", "87.5 ± 17.7 %", "95.8 ± 5.9 %", "83.8 %", "+12.0"],
+    ]
+
+
 def test_what_the_validation_set_says_is_shown(finished):
     """Rounds of the cells that look at the validation set, and each warning once with the cells it is of."""
     page = Page(finished)

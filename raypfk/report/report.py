@@ -24,14 +24,14 @@ CHOICES = 12
 
 
 class Comparison(NamedTuple):
-    """Of all cells. rounds: that all have. published: what the paper's figure is, and the two drawn together."""
+    """Of all cells. rounds: that all have."""
 
     rounds: int
     baseline: str | None
     headline: Table
     accuracy: Picture
     minority: Picture | None
-    published: tuple[str, Picture] | None
+    published: "Beside | None"
     significance: Table | None
     by_round: Table
     selected: list[Picture]
@@ -40,8 +40,16 @@ class Comparison(NamedTuple):
 
     @property
     def pictures(self) -> list[Picture]:
-        beside = [self.published[1]] if self.published else []
+        beside = [self.published.picture] if self.published else []
         return [drawn for drawn in (self.accuracy, self.minority, *beside, *self.selected) if drawn]
+
+
+class Beside(NamedTuple):
+    """The paper's figure and ours. what: which figure it is, and what of ours differs."""
+
+    what: str
+    picture: Picture
+    table: Table | None
 
 
 class Shown(NamedTuple):
@@ -220,8 +228,8 @@ def _selected(cells: list[Curves]) -> list[Picture]:
     return [line for line in lines if line]
 
 
-def _beside_published(figure: str | None, cells: list[Curves], run: Run) -> tuple[str, Picture] | None:
-    """What the paper's figure is, and our curves beside its; run: one of the study's."""
+def _beside_published(figure: str | None, cells: list[Curves], run: Run) -> Beside | None:
+    """run: one of the study's."""
     budget, data = run.config.budget, run.pool.manifest["data"]
     found = published.figure(figure, budget) if figure else None
     if not found:
@@ -233,7 +241,7 @@ def _beside_published(figure: str | None, cells: list[Curves], run: Run) -> tupl
     what += f"{found.percent:g} % of the pool before its imbalance stand for one round's {budget:,} labels"
     drawn = figures.beside_published(cells, found, figures.looks([cell.name for cell in cells]))
     alt = f"Test accuracy over labels bought, beside the paper's figure {found.name}."
-    return what, picture("published", drawn, alt)
+    return Beside(what, picture("published", drawn, alt), tables.beside_published(cells, found))
 
 
 # ------------------------------------------------------------------------------------------------- one run of a cell

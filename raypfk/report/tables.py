@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from raypfk import trust
-from raypfk.report import statistics
+from raypfk.report import published, statistics
 from raypfk.report.gather import Curves
 from raypfk.report.statistics import Paired, Saved
 from raypfk.run import Run
@@ -132,6 +132,26 @@ def _with_seeds(cell: Curves, column: str, index: int) -> str:
     mean, deviation = (y[0] for y in statistics.mean_and_deviation(y_S))
     known = int(np.isfinite(y_S).sum())
     return with_deviation(mean, deviation) + (f" (n {known})" if 0 < known < len(cell.seeds) else "")
+
+
+def beside_published(cells: list[Curves], figure: published.Figure) -> Table | None:
+    """Of cells that have a curve among the paper's, each of its points that they have got to; None if there is none.
+
+    The paper's points are the best epoch on the test set: the difference is of ours in that reading.
+    """
+    head = ["cell", "its curve", "labels bought", "last epoch", "best on test", "published", "difference, points"]
+    curves, rows = {curve.method: curve for curve in figure.curves}, []
+    for cell in cells:
+        curve = curves.get(cell.published)
+        for labels, accuracy in zip(curve.labels, curve.accuracy, strict=True) if curve else ():
+            at = np.flatnonzero(np.isclose(cell.bought_B, labels))
+            if len(at):
+                last, best = (_with_seeds(cell, name, at[0]) for name in ("test_accuracy", "best_epoch_accuracy"))
+                (mean_1,) = cell.summary("best_epoch_accuracy")[0][at]
+                rows.append(
+                    [cell.name, curve.method, count(labels), last, best, percent(accuracy), points(mean_1 - accuracy)]
+                )
+    return Table(head, rows, words=2) if rows else None
 
 
 _ESTIMATES = {
