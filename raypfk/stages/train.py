@@ -292,8 +292,10 @@ def _seed_dropout(job: Job, epoch: int) -> None:
 
 
 def _monitor(job: Job, device: torch.device):
-    """The network -> [its accuracy on the test set], by the first worker; [] where it is not asked for."""
-    if job.rotate or not job.config.monitor or ray.train.get_context().get_world_rank():
+    """The network -> [its accuracy on the test set], by the first worker; [] where it is not asked for, and of an
+    ensemble's others, which are not evaluated."""
+    asked = job.config.monitor and not job.rotate and not job.meta["member"]
+    if not asked or ray.train.get_context().get_world_rank():
         return lambda net: []
     image, label = fitting.all_of("test", "image", "label")
 
