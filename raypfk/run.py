@@ -169,9 +169,9 @@ class Run:
         return strategies.named(self.config.strategy)
 
     def describes(self, number: int) -> bool:
-        """Whether round `number` looks at the pool's images: not where all are drawn with the same chance, as by an
-        adversary too as long as no image is labelled."""
-        if self.strategy.kind == "adversary":
+        """Whether round `number` looks at the pool's images: not where all are drawn with the same chance, as by
+        predictions and by an adversary, too, as long as no image is labelled."""
+        if self.strategy.kind in ("predictions", "adversary"):
             return self.labelled(number).num_rows > 0
         return self.strategy.kind != "chance" or bool(self.strategy.given)
 

@@ -113,8 +113,10 @@ def _row_of(ids: pa.ChunkedArray, known: pa.ChunkedArray, where: str) -> pa.Chun
     return rows
 
 
-def _by_predictions(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
-    """The images of the best scores."""
+def _by_scores(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
+    """The images of the best scores; where nothing is labelled yet that they could come from, by chance."""
+    if not run.describes(round):
+        return _by_chance(run, round, count)
 
     def read(run: Run, round: int, shard: Shard) -> pa.Table:
         return run.read(store.join(run.round(round).descriptors, shard.name), columns=["image_id", "score"])
@@ -127,11 +129,6 @@ def _by_predictions(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
 
 def _by_chance(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
     return _drawn(run, round, run.strategy, count), {}
-
-
-def _by_adversary(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
-    """As by predictions; where the adversary has nothing to tell apart yet, by chance."""
-    return _by_predictions(run, round, count) if run.describes(round) else _by_chance(run, round, count)
 
 
 def _drawn(run: Run, round: int, strategy: Strategy, count: int, taken: pa.ChunkedArray | None = None) -> pa.Table:
@@ -159,9 +156,9 @@ def _drawn(run: Run, round: int, strategy: Strategy, count: int, taken: pa.Chunk
 
 _ACQUIRE: dict[str, Callable[[Run, int, int], tuple[pa.Table, dict]]] = {
     "kernel": _rank_by_rank,
-    "predictions": _by_predictions,
+    "predictions": _by_scores,
     "gradients": one_by_one,
-    "adversary": _by_adversary,
+    "adversary": _by_scores,
     "chance": _by_chance,
 }
 """So many picks of a round, image_id and what else SELECTION has of them; and facts for the marker."""

@@ -44,7 +44,8 @@ def by_kernel(function: Callable) -> Strategy:
 def by_predictions(*given: Literal["passes"]) -> Callable[[Callable], Strategy]:
     """`function(logits (T, N, D)) -> scores (N,)` float32: the images of the largest scores are chosen.
 
-    given "passes": it says nothing unless T > 1.
+    given "passes": it says nothing unless T > 1. The first round's images are drawn by chance, as in the program of
+    Gudovskiy et al.: its network has a random last layer, whose predictions say nothing.
     """
     return lambda function: Strategy("predictions", function, frozenset(given))
 
