@@ -89,6 +89,21 @@ def test_what_is_done_is_not_done_again(done, tmp_path):
     assert [os.stat(path).st_mtime_ns for path in paths] == before
 
 
+def test_experiments_share_a_directory(done, tmp_path):
+    """A cell of the same name and configuration is another experiment's run; of another configuration it is refused."""
+    out, plan, _ = done
+    marker = os.path.join(study.run_dir(out, "pfk, votes", 3), "rounds/001/done/evaluate.json")
+    before = os.stat(marker).st_mtime_ns
+    cells = {"pfk, votes": CELLS["pfk, votes"], "random": {"set": {"strategy": "random", "budget": 13}}}
+    other = experiment.load(files(tmp_path, title="Other", cells=cells), {})
+    with pytest.raises(RunError, match="1 of .* tasks failed.*random, seed 3: .*budget"):
+        experiment.run(other, out, 2, "raypfk experiment")
+    assert os.stat(marker).st_mtime_ns == before
+    found = study.open_study(out)
+    store.write_json(store.join(out, study.RECORD), plan.record)
+    assert found.title == "Other" and [cell.name for cell in found.cells] == list(cells)
+
+
 def test_an_unfinished_experiment_says_what_is_missing(done):
     out, plan, _ = done
     record = {**plan.record, "seeds": [3, 4]}
