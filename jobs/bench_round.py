@@ -121,7 +121,7 @@ def _plain(run: Run, network, scratch: str) -> dict:
     method = extract.describe(run, 1, origin, "neighbour", reference, directions)
     _describe(run, network, "pool", method, files.descriptors, timer)
     centers = validation.filter(pa.array(mask))
-    paths = [store.join(files.descriptors, s.name) for s in run.pool.shards("pool")]
+    paths = [files.described(s.name) for s in run.pool.shards("pool")]
     held = described.rows(torch.from_numpy(mask))
     held = directions.project(held) if directions else held
     scorer = score.Scorer(run, run.stored_kernel(), origin, *(x.numpy() for x in held), torch.get_num_threads())

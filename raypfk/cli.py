@@ -16,7 +16,13 @@ from raypfk import __version__
 from raypfk.errors import RunError, UserError, WaitingForLabels
 
 _verbose = click.option("--verbose", is_flag=True, help="Ray's own messages, and tracebacks.")
-_round = click.option("--round", "number", type=click.IntRange(min=0), required=True, help="Round, from 1 (0: train).")
+_round = click.option(
+    "--round",
+    "number",
+    type=click.IntRange(min=0),
+    required=True,
+    help="From 1; round 0 has `train` alone: initial weights.",
+)
 AGAIN_S = 0.05
 """Until a SIGTERM that Python has lost comes again: longer than it takes to destroy an object."""
 
@@ -32,7 +38,7 @@ def cli():
 @click.option("--config", "config_option", type=click.Path(), help="The same, as an option.")
 @click.option("--out", required=True, help="Run directory: a local path or s3://bucket/key.")
 @click.option("--strategy", help="One of docs/strategies.md, or package.module:function.")
-@click.option("--label-estimator", help="Of the classes of the pool: one of docs/strategies.md.")
+@click.option("--label-estimator", help="What stands in for unknown labels: one of docs/strategies.md.")
 @click.option("--rounds", type=int, help="Rounds of selection.")
 @click.option("--seed", type=int, help="Seed of split, imbalance, weights, centers and training.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any field, as in train.epochs=20.")
@@ -54,8 +60,10 @@ def run(config_argument, config_option, out, assignments, verbose, **overrides):
 @click.argument("path", metavar="EXPERIMENT", type=click.Path())
 @click.option("--out", required=True, help="The experiment's directory: a local path or s3://bucket/key.")
 @click.option("--cell", "only", multiple=True, help="Only these cells; may be given several times.")
-@click.option("--seeds", help="Only these seeds: 0,1,2.")
-@click.option("--parallel", type=click.IntRange(min=1), help="Runs at a time.  [default: one per GPU, or per core]")
+@click.option("--seeds", help="These seeds in place of the file's: 0,1,2.")
+@click.option(
+    "--parallel", type=click.IntRange(min=1), help="Runs at a time.  [default: the file's, or one per GPU, or core]"
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any field of all runs.")
 @_verbose
 def experiment(path, out, only, seeds, parallel, assignments, verbose):
@@ -131,10 +139,12 @@ def pool():
 @click.option("--validation", help="Images (500), share (0.1) or folder of class folders: the trusted validation set.")
 @click.option("--test", help="Likewise, the test set.")
 @click.option("--imbalance", type=float, help="Cut the --rare classes to the others' images / IMBALANCE.")
-@click.option("--rare", help="Rare classes by index: 5,6,7.")
+@click.option("--rare", help="Rare classes by index, in the order of their names: 5,6,7.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--shard-rows", type=click.IntRange(min=1), default=1024, show_default=True, help="Images per shard.")
-@click.option("--max-rejects", help="Images, or share of them, that may be rejected before it stops.  [default: 0.1]")
+@click.option(
+    "--max-rejects", help="Images, or share of them, that may be rejected before it stops.  [default: 0.1; always 10]"
+)
 @click.option("--labels", help="CSV or Parquet file with image_id and label, in place of the source's own labels.")
 @click.option("--by-reference", is_flag=True, help="Keep where the images lie; fetch them when they are needed.")
 @click.option("--image-column", help="parquet: the encoded images.  [default: image]")

@@ -37,9 +37,9 @@ class ImbalanceConfig(Section):
 
     ratio: Annotated[float, Field(ge=1)]
     classes: list[int] | None = None
-    """The rare classes, or"""
+    """The rare classes, by index. Or, in their place:"""
     random_classes: Positive | None = None
-    """how many classes, drawn by the seed, become rare (the paper's ImageNet: 500 of 1,000)."""
+    """How many classes, drawn by the seed, become rare (the paper's ImageNet: 500 of 1,000)."""
 
     @model_validator(mode="after")
     def _one(self):
@@ -138,7 +138,7 @@ class ImageConfig(Section):
     resize: Positive | None = None
     """Length of the shorter side before the crop; null: `size`."""
     channels: Literal[1, 3] | None = None
-    """null: 1 if every image of the pool is greyscale, else 3."""
+    """null: 1 if every image of the pool is greyscale, else 3; 3 for a pool by reference."""
     mean: list[float] = [0.5]
     std: list[Annotated[float, Field(gt=0)]] = [0.5]
     """One value, or one per channel."""
@@ -212,6 +212,7 @@ class ElsewhereConfig(Section):
     """A hybrid: a share of each round's budget that another strategy spends, where the first one does not look."""
 
     share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the budget, to a whole image; 0: no hybrid."""
     strategy: str = "random"
     """A strategy by chance: random, class-balanced, or one's own."""
 
@@ -247,11 +248,11 @@ class TrainConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """The learning rate is multiplied by it"""
+    """The learning rate is multiplied by it at each step."""
     decay_every: Positive | None = None
-    """after every so many epochs, or"""
+    """A step after every so many epochs. Or, in its place:"""
     milestones: list[Positive] | None = None
-    """after these epochs."""
+    """Steps after these epochs."""
     augment: Literal["none", "flip", "crop-flip"] = "none"
     """Random horizontal flip; random resized crop (area 0.35 to 1) and flip."""
     balanced: bool = False
@@ -270,7 +271,7 @@ class TrainConfig(Section):
     storage: str | None = None
     """Ray Train's storage path; null: `ray_train` in the run directory."""
     checkpoint_every: Positive = 10
-    """Epochs between the checkpoints that a killed training goes on from; of long epochs each is kept."""
+    """Epochs between the checkpoints that a killed training goes on from; a long epoch is always followed by one."""
 
     @model_validator(mode="after")
     def _workers(self):
@@ -297,11 +298,11 @@ class ResourcesConfig(Section):
     """Share of the cluster; changes the speed and never the selection."""
 
     extract_actors: Positive | None = None
-    """null: one per GPU, or one per CPU core where there is no GPU, and tasks at a time do what actors would do."""
+    """null: one per GPU; without any, one task per CPU core at a time does what an actor would."""
     extract_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; null: 1 where the cluster has any, else 0."""
     score_actors: Positive | None = None
-    """null: one per GPU, or one per CPU core where there is no GPU; none, where the driver has scored sooner."""
+    """null: one per GPU, or one per CPU core; for a small pool none, as the driver scores it before they start."""
     score_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs per actor; null: 1 where the cluster has any, else 0."""
     score_threads: Positive = 1
@@ -321,12 +322,15 @@ class Config(Section):
     """One of raypfk/strategies, or one's own as `package.module:function`."""
     elsewhere: ElsewhereConfig = ElsewhereConfig()
     label_estimator: Literal[ESTIMATORS] = "neighbour"
+    """S, what stands in for the unknown labels of pool images (section 4.3; docs/strategies.md)."""
     vote: VoteConfig = VoteConfig()
     discriminant: DiscriminantConfig = DiscriminantConfig()
     monte_carlo: MonteCarloConfig = MonteCarloConfig()
     uncertainty: UncertaintyConfig = UncertaintyConfig()
     vaal: VaalConfig = VaalConfig()
     scale_weight: Literal["length", "length-squared", "equal"] = "length"
+    """w_j of a tap of L_j channels in a strategy's kernel: L_j - 1 (the paper's vectors of unit variance),
+    (L_j - 1)^2 (eq. 12 to the letter), or 1. Label estimators find neighbours by `length`, whatever it is."""
     descriptors: DescriptorsConfig = DescriptorsConfig()
     budget: Positive
     """P, images bought per round."""

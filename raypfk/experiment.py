@@ -128,7 +128,7 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
 
     command: what asked for it, as the report says.
     """
-    out = store.absolute(out)
+    out = loop.place(out)
     with lease.held(out):
         store.write_json(store.join(out, study.RECORD), plan.record | {"command": command})
         tasks = _tasks(_with_pools(plan.jobs, out), out)

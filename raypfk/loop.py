@@ -30,9 +30,7 @@ def run(config: Config, out: str, start: Run | None = None) -> Run:
 
     start: if given, a run of the same pool, network, pretraining and seed, whose round 0 this one adopts.
     """
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not (store.is_remote(out) or os.path.isabs(out)):
-        raise UserError(f"--out {out}: a submitted job runs in a copy of the folder: give an absolute path or a URI")
-    out = store.absolute(out)
+    out = place(out)
     if store.exists(store.join(out, "run.json")):
         Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
     with lease.held(out):
@@ -48,6 +46,13 @@ def run(config: Config, out: str, start: Run | None = None) -> Run:
                 break
             do_round(this, number)
     return this
+
+
+def place(out: str) -> str:
+    """Where `--out` is. UserError for a place that would be lost with a submitted job's copy of the folder."""
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not (store.is_remote(out) or os.path.isabs(out)):
+        raise UserError(f"--out {out}: a submitted job runs in a copy of the folder: give an absolute path or a URI")
+    return store.absolute(out)
 
 
 def do_round(run: Run, number: int) -> None:

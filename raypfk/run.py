@@ -150,6 +150,10 @@ class Run:
         self._check_elsewhere()
 
     def _check_elsewhere(self) -> None:
+        share, budget = self.config.elsewhere.share, self.config.budget
+        if share and not 0 < self.elsewhere_budget < budget:
+            found = f"{share} of {budget}, which is {self.elsewhere_budget}"
+            raise UserError(f"elsewhere.share: expected an image or more for each of the two strategies, found {found}")
         if not (other := self.elsewhere):
             return
         if other.kind != "chance":

@@ -135,6 +135,10 @@ class RoundDir:
     def training_of(self, member: int) -> str:
         return store.join(self.root, "checkpoint", f"training-{member:02d}.pt") if member else self.training
 
+    def described(self, shard: str) -> str:
+        """What is known of the images of the pool's shard of this name."""
+        return store.join(self.descriptors, shard)
+
     def rejects(self, split: str) -> str:
         return store.join(self.root, "rejects", split)
 

@@ -162,7 +162,7 @@ def _features(run: Run, number: int, ids: pa.ChunkedArray, origin: Origin) -> Te
     """Of these pool images (N, L), in the order of image_id; only the shards that hold them are read."""
 
     def read(shard: Shard, wanted: list[str]) -> Tensor:
-        path = store.join(run.round(number).descriptors, shard.name)
+        path = run.round(number).described(shard.name)
         table, described = descriptor_files.read_shard(run, path, shard, origin)
         return described.z[torch.from_numpy(np.flatnonzero(pc.is_in(table["image_id"], pa.array(wanted))))]
 
@@ -225,7 +225,7 @@ def _never_estimated(run: Run, number: int, classes: set[int]) -> set[int]:
     for shard in run.pool.shards("pool"):
         if not classes:  # mostly after the first shards
             break
-        path = store.join(run.round(number).descriptors, shard.name)
+        path = run.round(number).described(shard.name)
         classes = classes - set(pc.unique(run.read(path, columns=["estimated_label"])["estimated_label"]).to_pylist())
     return classes
 

@@ -242,7 +242,7 @@ def _extracted(run: Run, number: int, pool_ids: pa.Array) -> Problems:
         descriptor_files.read_validation(run, number, weights)
     described = []
     for shard in run.pool.shards("pool"):
-        path = store.join(files.descriptors, shard.name)
+        path = files.described(shard.name)
         try:
             described.append(run.read(path, columns=["image_id"])["image_id"])
         except UserError as error:

@@ -162,4 +162,4 @@ def _describe(made: Run, number: int, left: list[str]) -> None:
     descriptor_files.write(made.round(number).validation, table, made.id, origin)
     facts = {"predicted": np.zeros(len(left), np.int64), "estimated_label": np.ones(len(left), np.int64)}
     table = descriptor_files.encode({"image_id": left} | facts, described(len(left)), origin)
-    descriptor_files.write(store.join(made.round(number).descriptors, "00000.parquet"), table, made.id, origin)
+    descriptor_files.write(made.round(number).described("00000.parquet"), table, made.id, origin)

@@ -204,8 +204,9 @@ def test_a_dashboards_address_is_refused(yaml_file, tmp_path):
 def test_a_relative_place_in_a_job_is_refused(call, ray_session, monkeypatch, yaml_file):
     """A submitted job runs in a copy of the folder that is deleted: --out must not lie in it."""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    code, _, err = call("run", yaml_file, "--out", "runs/x")
-    assert code == 2 and "give an absolute path or a URI" in err
+    for command in (("run", yaml_file), ("experiment", ROOT / "configs/experiments/digits.yaml")):
+        code, _, err = call(*command, "--out", "runs/x")
+        assert code == 2 and "give an absolute path or a URI" in err
 
 
 def test_what_a_laptop_lacks_is_said(call, ray_session, yaml_file, tmp_path):

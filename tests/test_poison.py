@@ -18,6 +18,7 @@ from raypfk.config import DataConfig
 from raypfk.errors import UserError
 from raypfk.images import BadImage
 from raypfk.run import Run
+from raypfk.schema import SELECTION
 from raypfk.stages import train
 from raypfk.stages.pool import build
 from tests import tiny
@@ -132,17 +133,18 @@ def test_a_run_goes_on_past_poison(poisoned, tmp_path):
 
 def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
     """A third of a pool by reference went bad: extraction stops, each time, and goes on where `max_rejects` allows it,
-    or where what was bad is mended."""
+    or where what was bad is mended. No bad image is chosen, nor drawn at random beside."""
     _digits(tmp_path / "in")
     data = DataConfig(
         source="folder", root=str(tmp_path / "in"), validation=60, test=30, shard_rows=32, by_reference=True
     )
     pool = build(data, str(tmp_path / "pool"), 0)
-    uris = [row["uri"] for shard in pool.shards("pool") for row in pool.read_shard(shard).to_pylist()]
+    uri_of = {row["image_id"]: row["uri"] for s in pool.shards("pool") for row in pool.read_shard(s).to_pylist()}
+    uris = list(uri_of.values())
     whole = [Path(uri).read_bytes() for uri in uris[::3]]
     for uri in uris[::3]:
         Path(uri).write_bytes(b"")
-    tree = {"data": {"pool": pool.uri}, "image": {"size": 16, "resize": 16, "channels": 1}}
+    tree = {"data": {"pool": pool.uri}, "image": {"size": 16, "resize": 16, "channels": 1}, "elsewhere": {"share": 0.5}}
     run = tiny.begin(tiny.config(**tree), tmp_path / "run")
     for _ in range(2):
         with pytest.raises(UserError, match=r"of 210 images are rejected, more than data.max_rejects .*empty file"):
@@ -151,6 +153,10 @@ def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
     run = Run.create_or_open(allowed, run.uri, pool)
     loop.do_stage(run, 1, "extract")
     assert run.done(1, "extract")["rejected"] == len(uris[::3]) == 70
+    for stage in ("score", "acquire"):
+        loop.do_stage(run, 1, stage)
+    chosen = run.read(run.round(1).selection, SELECTION)["image_id"].to_pylist()
+    assert len(chosen) == 12 and not {uri_of[image_id] for image_id in chosen} & set(uris[::3])
     run = tiny.begin(tiny.config(**tree), tmp_path / "mended")
     with pytest.raises(UserError, match="of 210 images are rejected"):
         loop.do_stage(run, 1, "extract")

@@ -37,11 +37,11 @@ def test_labels_saved_at_equal_accuracy():
     x = np.array([10.0, 20.0, 30.0, 40.0])
     better, base = np.array([0.4, 0.6, 0.7, 0.8]), np.array([0.3, 0.4, 0.5, 0.6])
     at_last = statistics.saved_at(base[-1], x, better, x, base)
-    assert at_last == (0.6, 20, 40, False) and at_last.share == 0.5
+    assert at_last == (0.6, 20, 40, None) and at_last.share == 0.5
     most = statistics.most_saved(x, better, x, base)
-    assert most.share == 0.5 and not most.at_most
+    assert most.share == 0.5 and most.earlier is None
     worse = statistics.most_saved(x, base, x, better)
-    assert worse.share == 0.0 and worse.labels == 10  # no worse than where the better one begins: it says no more
+    assert worse.share == 0.0 and worse.labels == 10 and worse.earlier == "baseline"  # at most: the better one's start
     assert statistics.saved_at(0.7, x, better, x, base) is None
 
 
@@ -50,8 +50,9 @@ def test_nothing_is_made_up_beyond_a_curve():
     says nothing, as the baseline never gets there."""
     x = np.array([10.0, 20.0])
     best, base = np.array([0.9, 0.95]), np.array([0.3, 0.4])
-    assert statistics.saved_at(0.4, x, best, x, base) == (0.4, 10, 20, True)
+    assert statistics.saved_at(0.4, x, best, x, base) == (0.4, 10, 20, "curve")
     assert statistics.most_saved(x, best, x, base) is None
+    assert statistics.saved_at(0.2, x, best, x, base) is None  # both were better all along
 
 
 def test_paired_t_test():

@@ -173,7 +173,7 @@ def test_holders_choose_what_one_part_would(pool, tmp_path, strategy):
     assert origin.lengths == (10, 50)
     files, vectors, ids = run.round(2), [], []
     for shard in run.pool.shards("pool"):
-        path = store.join(files.descriptors, shard.name)
+        path = files.described(shard.name)
         run.read(path, last_layers(10, 50))
         table, part = descriptor_files.read_shard(run, path, shard, origin)
         vectors.append(part)
@@ -202,7 +202,7 @@ def test_gradients_are_those_of_the_last_layer(pool, tmp_path):
     images = decoder({"item": np.array([shard], object)})["image"][:3]
     (_, x), *_ = extract.batches(images, run.image, 3, torch.device("cpu"))
     origin = descriptor_files.full_origin(run, network.weights)
-    path = store.join(run.round(1).descriptors, shard.name)
+    path = run.round(1).described(shard.name)
     _, found = descriptor_files.read_shard(run, path, shard, origin)
     for i in range(3):
         logits = net(x[i : i + 1])
@@ -293,6 +293,12 @@ def test_a_hybrid_spends_a_share_elsewhere(pool, tmp_path):
 def test_a_hybrid_that_cannot_be_is_refused(pool, tmp_path, strategy, elsewhere, message):
     with pytest.raises(UserError, match=message):
         start(pool, tmp_path / "run", strategy, elsewhere={"share": 0.25, "strategy": elsewhere})
+
+
+@pytest.mark.parametrize("share, spent", [(0.04, 0), (0.96, 12)])
+def test_a_hybrid_of_one_strategy_is_refused(pool, tmp_path, share, spent):
+    with pytest.raises(UserError, match=f"elsewhere.share: expected .* found {share} of 12, which is {spent}"):
+        start(pool, tmp_path / "run", "pfk", elsewhere={"share": share})
 
 
 def test_scores_come_from_the_masks_of_each_image(pool, tmp_path):

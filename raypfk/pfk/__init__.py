@@ -28,6 +28,7 @@ from raypfk.pfk.labels import Voted, mc_information, mc_trace, neighbour, predic
 from raypfk.pfk.stopping import PowerLaw, fit_power_law, mcnemar, standard_error
 from raypfk.pfk.topk import TopK, Votes
 from raypfk.pfk.two_sample import TwoSample, kernel_two_sample
+from raypfk.pfk.uncertainty import mean_probabilities
 
 __all__ = [
     "Descriptors",
@@ -56,6 +57,7 @@ __all__ = [
     "mc_information",
     "mc_trace",
     "mcnemar",
+    "mean_probabilities",
     "merge_picks",
     "neighbour",
     "predicted",

@@ -25,7 +25,8 @@ def greedy_k_center(kernel: Kernel, misses: Descriptors, p: int, seed: int) -> T
 
     The first is drawn with `seed`; then always the miss whose largest similarity to the centers so far is smallest, of
     equals the first. Similarities are those of `Kernel.pairs`, rounded to float32. With p >= M all misses, in index
-    order. A miss with a NaN comes last. `misses` (M, L) are standardised descriptors, taken as float32.
+    order. A miss with a NaN comes last, unless it is the one drawn. `misses` (M, L) are standardised descriptors, taken
+    as float32.
 
     O(p M L) time at most, O(M L) memory, no p x M matrix. A largest similarity only grows, so that it need not be up to
     date to be known as not the smallest (lazy greedy: Minoux, Accelerated greedy algorithms for maximizing submodular

@@ -40,7 +40,9 @@ def fit_discriminant(z_ML: Tensor, labels_M: Tensor, num_classes: int, shrinkage
     `shrinkage` times the mean variance is added to each variance of the covariance that all classes share (Friedman,
     Regularized discriminant analysis, 1989), and classes are as likely as among the labels. All is divided by the
     temperature (Guo et al., On calibration of modern neural networks, 2017) that suits images which discriminants of
-    the other half of the validation set see for the first time: of correlated features they are far too sure.
+    the other half of the validation set see for the first time: of correlated features they are far too sure. Of n such
+    images at least half a one counts as wrong, for n do not show that no error is made. By 1 is divided where the
+    halves have no two classes, or no two images of one, to go by.
     O(M L^2 + L^3). Raises ValueError for labels that do not fit, a shrinkage that is not positive, or features that are
     not finite.
     """
@@ -71,24 +73,26 @@ def _discriminants(z_ML: Tensor, labels_M: Tensor, num_classes: int, shrinkage: 
 def _temperature(z_ML: Tensor, labels_M: Tensor, num_classes: int, shrinkage: float) -> float:
     """What to divide by for the least cross-entropy of each half's images by the other half's discriminants.
 
-    Images of a class that the other half lacks do not count; without any that do, 1.
+    Of each of the n images' labels 1 / 2n is spread over the classes that the other half knows, lest a few images that
+    are all told right make it COLDEST.
     """
-    halves, logits, own = torch.arange(len(z_ML), device=z_ML.device) % 2 == 0, [], []
+    halves, found = torch.arange(len(z_ML), device=z_ML.device) % 2 == 0, []
     for half_M in (halves, ~halves):
-        if not half_M.any():
+        count_D = torch.bincount(labels_M[half_M], minlength=num_classes)
+        if count_D.max() < 2 or count_D.count_nonzero() < 2:
             continue
         weights_LD, bias_D = _discriminants(z_ML[half_M], labels_M[half_M], num_classes, shrinkage)
-        known_D = bias_D > -torch.inf
-        seen_M = ~half_M & known_D[labels_M]
-        logits.append((z_ML[seen_M] @ weights_LD + bias_D).where(known_D, -torch.inf))
-        own.append(logits[-1].gather(1, labels_M[seen_M, None])[:, 0])
-    logits_nD, own_n = torch.cat(logits), torch.cat(own)
-    finite_nD = logits_nD.where(logits_nD > -torch.inf, 0.0)
-    low, high = math.log(1 / HOTTEST), math.log(1 / COLDEST)
-    if not len(own_n):
+        seen_M = ~half_M & (count_D > 0)[labels_M]
+        logits_nD = (z_ML[seen_M] @ weights_LD + bias_D).where(count_D > 0, -torch.inf)
+        own_n = logits_nD.gather(1, labels_M[seen_M, None])[:, 0]
+        found.append((logits_nD, own_n, logits_nD[:, count_D > 0].mean(1)))
+    if not any(len(own_n) for _, own_n, _ in found):
         return 1.0
+    logits_nD, own_n, mean_n = (torch.cat(parts) for parts in zip(*found, strict=True))
+    finite_nD, target_n = logits_nD.where(logits_nD > -torch.inf, 0.0), torch.lerp(own_n, mean_n, 0.5 / len(own_n))
+    low, high = math.log(1 / HOTTEST), math.log(1 / COLDEST)
     for _ in range(50):  # the cross-entropy is convex in 1 / T: bisect its slope
         middle = (low + high) / 2
         expected_n = ((logits_nD * math.exp(middle)).softmax(1) * finite_nD).sum(1)
-        low, high = (low, middle) if float((expected_n - own_n).mean()) > 0 else (middle, high)
+        low, high = (low, middle) if float((expected_n - target_n).mean()) > 0 else (middle, high)
     return math.exp(-low)

@@ -49,7 +49,7 @@ class LastLayer(NamedTuple):
     """Gradients of the cross-entropy of N images with respect to the last layer's weights, as vectors.
 
     Each is the outer product of the two, D H numbers, which are never written out: <a, b> is the product of the two
-    factors' inner products. A column of ones in `hidden` adds the gradient with respect to the bias.
+    factors' inner products.
     """
 
     slope: Tensor
@@ -60,6 +60,10 @@ class LastLayer(NamedTuple):
     def rows(self, index: slice | Tensor) -> "LastLayer":
         """The vectors of some images: a slice, int64 indices or a mask."""
         return LastLayer(self.slope[index], self.hidden[index])
+
+    def with_bias(self) -> "LastLayer":
+        """The same, and the gradients with respect to the layer's bias."""
+        return LastLayer(self.slope, torch.cat([self.hidden, torch.ones_like(self.hidden[:, :1])], dim=1))
 
 
 Vectors = Features | LastLayer

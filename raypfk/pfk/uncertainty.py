@@ -83,6 +83,11 @@ def _probabilities(logits_TND: Tensor) -> tuple[Tensor, Tensor]:
     return odds_TND / _sum(odds_TND, 2).unsqueeze(2), finite_N
 
 
+def mean_probabilities(logits_TND: Tensor) -> Tensor:
+    """Softmax of each pass, averaged: (N, D) float64. `logits_TND` as of the scores."""
+    return _mean(_probabilities(logits_TND)[0])
+
+
 def _mean(x_TND: Tensor) -> Tensor:
     return _sum(x_TND, 0) / len(x_TND)
 

@@ -4,7 +4,7 @@ Shapes: S seeds, B points of a curve (rounds). x: labels bought, ascending; y: a
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -14,15 +14,16 @@ LEAST_DEVIATION = 1e-12
 
 
 class Saved(NamedTuple):
-    """What a curve and a baseline's need for the same accuracy, in labels.
+    """What a curve and a baseline need for the same accuracy, in labels.
 
-    at_most: the curve was that good at its first point already, and may have been before.
+    earlier: which of them was better at its first point already, and may have been that good before: with the curve the
+    share is at least what it says, with the baseline at most.
     """
 
     accuracy: float
     labels: float
     baseline: float
-    at_most: bool
+    earlier: Literal["curve", "baseline"] | None
 
     @property
     def share(self) -> float:
@@ -74,11 +75,12 @@ def labels_needed(x_B: np.ndarray, y_B: np.ndarray, accuracy: float) -> float | 
 def saved_at(
     accuracy: float, x_B: np.ndarray, y_B: np.ndarray, x_base_B: np.ndarray, y_base_B: np.ndarray
 ) -> Saved | None:
-    """Labels saved at this accuracy; None unless both curves reach it."""
+    """Labels saved at this accuracy; None unless both curves reach it, and where both were better all along."""
     labels, baseline = labels_needed(x_B, y_B, accuracy), labels_needed(x_base_B, y_base_B, accuracy)
-    if labels is None or baseline is None:
+    if labels is None or baseline is None or min(y_B[0], y_base_B[0]) > accuracy:
         return None
-    return Saved(float(accuracy), labels, baseline, bool(y_B[0] > accuracy))
+    earlier = "curve" if y_B[0] > accuracy else "baseline" if y_base_B[0] > accuracy else None
+    return Saved(float(accuracy), labels, baseline, earlier)
 
 
 def most_saved(x_B: np.ndarray, y_B: np.ndarray, x_base_B: np.ndarray, y_base_B: np.ndarray) -> Saved | None:

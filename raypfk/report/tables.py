@@ -50,7 +50,8 @@ def saved(found: Saved | None, at: bool = False) -> str:
     if found is None:
         return UNKNOWN
     share = f"{100 * found.share:.0f} %".replace("-", "\N{MINUS SIGN}")
-    text = f"{'at least ' if found.at_most else ''}{share}: {found.labels:,.0f} for {found.baseline:,.0f}"
+    bound = {"curve": "at least ", "baseline": "at most ", None: ""}[found.earlier]
+    text = f"{bound}{share}: {found.labels:,.0f} for {found.baseline:,.0f}"
     return f"{text}, at {percent(found.accuracy)}" if at else text
 
 

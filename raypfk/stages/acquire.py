@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from raypfk import pfk, progress, store
+from raypfk import pfk, progress
 from raypfk.errors import UserError
 from raypfk.pool import Shard
 from raypfk.run import Run
@@ -81,20 +81,20 @@ def _with_estimates(run: Run, round: int, picked: pa.Table) -> pa.Table:
         return picked
     column = "predicted" if run.strategy.kind in ("predictions", "adversary") else "estimated_label"
     shards = run.pool.locate(picked["image_id"].to_pylist())
-    folder, columns = run.round(round).descriptors, ["image_id", column]
 
     def read(shard: Shard) -> tuple[pa.Table, pa.Table]:
-        described = run.read(store.join(folder, shard.name), columns=columns)
-        return run.pool.read_shard(shard, ["image_id"]), described.replace_schema_metadata()
+        estimated = described(run, round, shard, ["image_id", column])
+        return run.pool.read_shard(shard, ["image_id"]), estimated.replace_schema_metadata()
 
     with ThreadPoolExecutor(_READERS) as threads:
         found = list(threads.map(read, shards))
     if not found:
         estimates = pa.array([], pa.int64())
     else:
-        pool, described = (pa.concat_tables(tables) for tables in zip(*found, strict=True))
+        pool, estimated = (pa.concat_tables(tables) for tables in zip(*found, strict=True))
         _row_of(picked["image_id"], pool["image_id"], run.pool.uri)
-        estimates = described[column].take(_row_of(picked["image_id"], described["image_id"], folder))
+        rows = _row_of(picked["image_id"], estimated["image_id"], run.round(round).descriptors)
+        estimates = estimated[column].take(rows)
     return picked.append_column("estimated_label", estimates)
 
 
@@ -119,7 +119,7 @@ def _by_scores(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
         return _by_chance(run, round, count)
 
     def read(run: Run, round: int, shard: Shard) -> pa.Table:
-        return run.read(store.join(run.round(round).descriptors, shard.name), columns=["image_id", "score"])
+        return described(run, round, shard, ["image_id", "score"])
 
     def score(table: pa.Table, _own: np.ndarray) -> np.ndarray:
         return table["score"].to_numpy().astype(np.float64)
@@ -134,14 +134,15 @@ def _by_chance(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
 def _drawn(run: Run, round: int, strategy: Strategy, count: int, taken: pa.ChunkedArray | None = None) -> pa.Table:
     """Ids drawn by the images' own numbers, whatever the order they are met in, from what is not labelled or `taken`.
 
-    With weights: who comes first in a race of exponential clocks (Efraimidis and Spirakis, Weighted random sampling
-    with a reservoir, 2006).
+    Where the round describes the pool, of what could be read of it. With weights: who comes first in a race of
+    exponential clocks (Efraimidis and Spirakis, Weighted random sampling with a reservoir, 2006).
     """
     ids = [*run.labelled(round)["image_id"].chunks, *(taken.chunks if taken is not None else [])]
     out, by_class = ray.put(pa.concat_arrays([pa.array([], pa.string()), *ids])), "classes" in strategy.given
+    seen, columns = run.describes(round), ["image_id", *(["estimated_label"] if by_class else [])]
 
     def read(run: Run, round: int, shard: Shard) -> pa.Table:
-        table = described(run, round, shard) if by_class else run.pool.read_shard(shard, ["image_id"])
+        table = described(run, round, shard, columns) if seen else run.pool.read_shard(shard, columns)
         return table.filter(pc.invert(pc.is_in(table["image_id"], value(out))))
 
     weights = strategy(counts(run, round, read)).numpy() if by_class else None

@@ -8,7 +8,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from raypfk import session, store
+from raypfk import session
 from raypfk.pool import Shard
 from raypfk.run import Run
 from raypfk.salts import salts
@@ -41,10 +41,9 @@ def counts(run: Run, round: int, read: Read) -> torch.Tensor:
     return torch.from_numpy(sum(each(of, run.pool.shards("pool"))))
 
 
-def described(run: Run, round: int, shard: Shard) -> pa.Table:
-    """What extraction wrote of a shard, without its vectors."""
-    path = store.join(run.round(round).descriptors, shard.name)
-    return run.read(path, columns=["image_id", "predicted", "estimated_label"])
+def described(run: Run, round: int, shard: Shard, columns: list[str]) -> pa.Table:
+    """What extraction wrote of a shard's images."""
+    return run.read(run.round(round).described(shard.name), columns=columns)
 
 
 def each(do: Callable[[list[Shard]], object], shards: list[Shard]) -> Iterator:
@@ -74,6 +73,6 @@ class _Job:
 
     def first(self, table: pa.Table) -> pa.Table:
         """The best rows, each image's own number deciding between equals, and its id between equals in that."""
-        score = np.nan_to_num(table["score"].to_numpy(), nan=-np.inf)
+        score = np.nan_to_num(table["score"].to_numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         order = np.lexsort((table["image_id"].to_numpy(), table["own"].to_numpy(), -score))
         return table.take(pa.array(order[: self.count]))

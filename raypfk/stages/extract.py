@@ -268,7 +268,7 @@ def _complete_empty(run: Run, round: int, labelled: list[str], method: Method) -
         if shard.name in there:
             continue
         left = shard.rows - len(known.get(shard, [])) - rejects.get(shard.name, 0)
-        path = store.join(files.descriptors, shard.name)
+        path = files.described(shard.name)
         if left:
             raise RunError(f"{path}: absent, though {left} images were described; do all nodes share this place?")
         method.write(path, method.schema.empty_table(), run.id)

@@ -33,10 +33,10 @@ class Holder:
     """Actor: the last layer's gradients of some shards, as a part of the strategy's."""
 
     def __init__(self, run: Run, round: int, origin: Origin, numbers: list[int], given: dict[str, ray.ObjectRef]):
-        shards, folder = run.pool.shards("pool"), run.round(round).descriptors
+        shards, files = run.pool.shards("pool"), run.round(round)
         vectors, keys, own, seed = [], [], [], run.seed("greedy", round)
         for number in numbers:
-            path = store.join(folder, shards[number].name)
+            path = files.described(shards[number].name)
             table, part = descriptor_files.read_shard(run, path, shards[number], origin)
             vectors.append(part)
             keys.append(keys_of(number, table.num_rows))
@@ -74,9 +74,9 @@ def one_by_one(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
     finally:
         for holder in holders:
             ray.kill(holder)
-    folder = run.round(round).descriptors
+    files = run.round(round)
     keys = np.array([proposal.key for proposal in chosen], np.int64)
-    ids = ids_of(keys, [store.join(folder, shard.name) for shard in run.pool.shards("pool")])
+    ids = ids_of(keys, [files.described(shard.name) for shard in run.pool.shards("pool")])
     score = pa.array([proposal.value for proposal in chosen], SELECTION.field("score").type)
     return pa.table({"image_id": ids, "score": score}), {"holders": wanted}
 

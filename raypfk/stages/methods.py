@@ -278,7 +278,7 @@ class _Predictor:
             with torch.inference_mode():
                 logits.append(member(x, _salts(rows, seed, x)))
         logits_TND = torch.cat(logits)[:, :count]
-        predicted = pfk.predicted(logits_TND.double().softmax(2).mean(0))
+        predicted = pfk.predicted(pfk.mean_probabilities(logits_TND))
         score = self.told.strategy(logits_TND)
         return {"predicted": predicted.cpu(), "score": score.float().cpu()}
 

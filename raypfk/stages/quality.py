@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raypfk import store
 from raypfk.pool import Shard
 from raypfk.run import Run
 from raypfk.schema import LABELS, SELECTION
@@ -56,7 +55,7 @@ def _of_pool(run: Run, round: int, rare: list[int]) -> dict[str, float | None]:
 
 def _counted(run: Run, round: int, shard: Shard, rare: list[int]) -> np.ndarray:
     """Of a shard's images (5,): all, rightly estimated, of a rare class, estimated to be, both."""
-    path = store.join(run.round(round).descriptors, shard.name)
+    path = run.round(round).described(shard.name)
     described = run.read(path, columns=["image_id", "estimated_label"])
     estimated = described["estimated_label"].to_numpy()
     label = _of(described["image_id"], run.pool.read_shard(shard, ["image_id", "label"]))

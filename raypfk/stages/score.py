@@ -19,7 +19,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
-from raypfk import descriptor_files, pfk, progress, session, store
+from raypfk import descriptor_files, pfk, progress, session
 from raypfk.descriptor_files import Origin
 from raypfk.errors import RunError
 from raypfk.pfk import Descriptors, Kernel, TopK, Votes
@@ -231,8 +231,8 @@ class Scoring:
     def __init__(self, run: Run, round: int):
         self.run, self.start = run, time.time()
         self.table, self.centers, self.origin = descriptor_files.read_centers(run, round)
-        folder = run.round(round).descriptors
-        self.paths = [store.join(folder, shard.name) for shard in run.pool.shards("pool")]
+        files = run.round(round)
+        self.paths = [files.described(shard.name) for shard in run.pool.shards("pool")]
         self.counts, self.began, self.actors, self.here = Counter(), [], [], None
 
     def __enter__(self) -> "Scoring":

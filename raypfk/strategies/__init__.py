@@ -72,7 +72,8 @@ def by_adversary(function: Callable) -> Strategy:
 def by_chance(*given: Literal["classes"]) -> Callable[[Callable], Strategy]:
     """`function() -> 1.0`, the same chance for all; given "classes", `function(counts (D,)) -> weights (D,)`.
 
-    counts: the pool's images of each class, as the label estimator has it. Images are drawn without replacement.
+    counts: images of each class, as the label estimator has it, of those that may be drawn. They are drawn without
+    replacement.
     """
     return lambda function: Strategy("chance", function, frozenset(given))
 

@@ -8,4 +8,4 @@ from raypfk.strategies import by_gradients
 
 @by_gradients("misses")
 def similar(vectors, keys_N, salts_N, misses):
-    return FacilityLocation(vectors, keys_N, misses)
+    return FacilityLocation(vectors.with_bias(), keys_N, misses.with_bias())

@@ -284,7 +284,7 @@ def test_last_layer_vectors_are_the_gradients():
         loss = torch.nn.functional.cross_entropy(layer(x[None]), y[None])
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(layer.parameters()))]))
     slope = logit_slope(layer(hidden.double()).detach(), labels)
-    vectors = LastLayer(slope, torch.cat([hidden, torch.ones(6, 1)], dim=1))
+    vectors = LastLayer(slope, hidden).with_bias()
     torch.testing.assert_close(greedy._products(vectors, vectors), torch.stack(grads) @ torch.stack(grads).T)
 
 
