@@ -3,9 +3,9 @@
     python jobs/paper_protocol.py runs/choices/cells/S=neighbour/seed-00* --keep best --kernel pfk-sum
 
 Each RUN is one of MNIST: it lends its pool, its pretrained weights, its taps and its budget. With `--keep best`, as in
-the authors' program, every epoch is tried on the test set, the accuracy of the best one is reported, and the next round
-goes on from its weights. `--keep last` goes on from the last epoch, as raypfk does. `best` and `last` in what is printed
-are the accuracies of these two epochs, in percent, by round, averaged over the runs.
+the authors' program, every epoch is tried on the test set, the accuracy of the best one is reported, and the next
+round goes on from its weights. `--keep last` goes on from the last epoch, as raypfk does. `best` and `last` in what is
+printed are the accuracies of these two epochs, in percent, by round, averaged over the runs.
 """
 
 import json
