@@ -163,3 +163,17 @@ def cpus() -> int:
     logical = int(ray.cluster_resources().get("CPU", 1))
     nodes = [n for n in ray.nodes() if n["Alive"]]
     return max(1, (min(logical, cores()) if len(nodes) == 1 else logical) // _sharers)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within it torch uses so many: where actors and workers are few, their work is done in the driver's process, which
+    goes on with its own number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

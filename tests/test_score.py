@@ -10,9 +10,11 @@ import pytest
 import ray
 import torch
 
+from raypfk import loop
 from raypfk.errors import RunError
 from raypfk.pfk import TopK
 from raypfk.stages import score
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -89,6 +91,19 @@ def test_a_lost_actors_chunk_goes_to_another():
     """Actors that die for good, at once or later, cost nothing but their chunk's time."""
     check([Fake.remote(calls=0), Fake.remote(calls=3), Fake.remote()])
     check([*(Fake.remote(calls=0) for _ in range(4)), Fake.remote()])  # four deaths, but at four jobs
+
+
+def test_the_driver_goes_on_with_its_own_threads(tmp_path):
+    """Scoring in the driver takes as many as an actor would, for as long as it scores."""
+    run = tiny.begin(tiny.config(), tmp_path / "run")
+    loop.do_stage(run, 1, "extract")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loop.do_stage(run, 1, "score")
+        assert torch.get_num_threads() == 3 != run.config.resources.score_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_without_actors_it_is_said():

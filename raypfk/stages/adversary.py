@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raypfk import models, progress, store
+from raypfk import models, progress, session, store
 from raypfk.config import TrainConfig, VaalConfig
 from raypfk.errors import RunError
 from raypfk.pfk.vaal import Adversary
@@ -102,7 +102,7 @@ def adversary_worker(settings: dict) -> dict:
     Returns the steps done, and the mean losses of the last leg. Losses that are not finite are for the driver to raise.
     """
     job: Job = settings["job"]
-    with fitting.threads(job.spread.threads):
+    with session.threads(job.spread.threads):
         return _train(job)
 
 

@@ -95,17 +95,6 @@ def _per_worker(config: TrainConfig) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- its workers
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within it torch uses so many. (Without workers this is the driver's own process.)"""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def device(config: TrainConfig) -> torch.device:
     return get_device() if config.gpus_per_worker else torch.device("cpu")
 

@@ -106,12 +106,11 @@ class Scorer:
         with ThreadPoolExecutor(self.readers) as reader:  # reads while an earlier call is scoring, then in this one
             some = _AHEAD * self.readers
             ahead = deque(reader.submit(self._read, shard) for shard in shards[:some])
-            with self.turn:
+            with self.turn, session.threads(self.threads):
                 return self._score(self._arriving(reader, ahead, shards[some:]), len(shards), k, rows, floor_M)
 
     def _score(self, arriving, num_shards: int, k: int, rows: slice, floor_M: np.ndarray | None) -> tuple[tuple, dict]:
         began, images, centers = time.time(), 0, self.centers.rows(rows)
-        torch.set_num_threads(self.threads)  # each of an actor's threads has its own number
         if self.known != (k, rows):
             self.known, self.best = (k, rows), TopK(len(centers.z), k, self.device)
         floor = self.best.floor()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ray.train.torch import prepare_model
 
-from raypfk import augment, models, progress, store
+from raypfk import augment, models, progress, session, store
 from raypfk.config import TrainConfig
 from raypfk.errors import RunError
 from raypfk.models import Architecture
@@ -213,7 +213,7 @@ def train_worker(settings: dict) -> dict:
     that is not finite is for the driver to raise: of what is raised here Ray Train thinks that it may not happen again.
     """
     job: Job = settings["job"]
-    with fitting.threads(job.config.threads), torch.random.fork_rng(devices=[]):
+    with session.threads(job.config.threads), torch.random.fork_rng(devices=[]):
         return _train(job)
 
 
