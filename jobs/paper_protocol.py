@@ -38,28 +38,27 @@ def split_of(run: Run, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return normalise(image, run.image), label
 
 
-def described(reader: TapReader, x: torch.Tensor, estimate) -> tuple[Descriptors, torch.Tensor, torch.Tensor]:
-    """Descriptors, predicted labels, and the labels `estimate(z)` that Fisher scores are of."""
+def described(reader: TapReader, x: torch.Tensor, estimate) -> tuple[Descriptors, torch.Tensor]:
+    """Descriptors, with Fisher scores of the labels `estimate(z)`, and predicted labels."""
     parts = []
     for batch in x.split(BATCH):
         logits, taps = reader(batch)
         scales = pfk.lengths(taps)
         z = pfk.standardise(pfk.features(taps), scales)
-        label = estimate(z)
-        g = pfk.standardise(pfk.fisher_scores(logits, taps, label), scales)
-        parts.append((z, g, logits.detach().argmax(1), label))
-    z, g, predicted, label = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Descriptors(z, g), predicted, label
+        g = pfk.standardise(pfk.fisher_scores(logits, taps, estimate(z)), scales)
+        parts.append((z, g, pfk.predicted(logits.detach())))
+    z, g, predicted = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Descriptors(z, g), predicted
 
 
-def select(net, run: Run, kernel: str, pool, validation, seed: int) -> torch.Tensor:
+def select(net, run: Run, kernel: str, x_N: torch.Tensor, validation, seed: int) -> torch.Tensor:
     """P rows of the pool's images (Algorithm 1, lines 3 to 10)."""
     reader, scales = TapReader(net, run.config.model.taps), run.lengths
-    (x_N, _), (x_M, y_M) = pool, validation
+    x_M, y_M = validation
     labels = iter(y_M.split(BATCH))
-    v, predicted, _ = described(reader, x_M, lambda z: next(labels))
+    v, predicted = described(reader, x_M, lambda z: next(labels))
     pcc = Kernel("pcc", scales)
-    p, _, _ = described(reader, x_N, lambda z: pfk.neighbour(z, v.z, y_M, pcc)[0])
+    p, _ = described(reader, x_N, lambda z: pfk.neighbour(z, v.z, y_M, pcc)[0])
     reader.close()
     kernel = Kernel(kernel, scales, run.config.scale_weight)
     misses = (predicted != y_M).nonzero()[:, 0]
@@ -104,7 +103,7 @@ def rounds_of(run: Run, kernel: str, keep: str, rounds: int, draw: int) -> list[
     bought, found = torch.zeros(len(x), dtype=torch.bool), []
     for number in range(1, rounds + 1):
         left = (~bought).nonzero()[:, 0]
-        bought[left[select(net, run, kernel, (x[left], y[left]), validation, seed + number)]] = True
+        bought[left[select(net, run, kernel, x[left], validation, seed + number)]] = True
         found.append(train(net, run.config.train, x[bought], y[bought], test, keep, generator))
         print(f"{run.uri} round {number}: best {found[-1][0]:.4f} last {found[-1][1]:.4f}", flush=True)
     return found
