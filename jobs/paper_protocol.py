@@ -111,7 +111,7 @@ def rounds_of(run: Run, kernel: str, keep: str, rounds: int, draw: int) -> list[
 
 @click.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--kernel", type=click.Choice(["pfk", "pfk-sum"]), default="pfk-sum", show_default=True)
+@click.option("--kernel", type=click.Choice(["pfk", "pfk-sum", "pcc"]), default="pfk-sum", show_default=True)
 @click.option("--keep", type=click.Choice(["best", "last"]), default="best", show_default=True, help="Epoch on test.")
 @click.option("--rounds", default=4, show_default=True)
 @click.option("--draw", default=0, show_default=True)
