@@ -223,7 +223,9 @@ def main() -> None:
 
 
 def _command_line() -> str:
-    return shlex.join(["raypfk", *sys.argv[1:]])
+    """As it would be typed: a job's script stands for the command."""
+    name, args = click.get_current_context().command.name, sys.argv[1:]
+    return shlex.join(["raypfk", *([] if args[:1] == [name] else [name]), *args])
 
 
 def _hear_sigterm() -> threading.Event:

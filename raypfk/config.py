@@ -286,11 +286,7 @@ class TrainConfig(Section):
         return self
 
 
-SPREAD = {
-    f"{section}.{name}"
-    for section in ("train", "pretrain")
-    for name in ("workers", "min_workers", "gpus_per_worker", "threads", "checkpoint_every")
-}
+SPREAD = ("workers", "min_workers", "gpus_per_worker", "threads", "checkpoint_every")
 """How a training is spread over machines and kept: may change while a run goes on."""
 
 
@@ -379,15 +375,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: str, overrides: dict[str, Any] | None = None, settings: dict[str, Any] | None = None) -> Config:
+def load(path: str, overrides: dict[str, Any] | None = None, *settings: dict[str, Any]) -> Config:
     """Read and validate a run's YAML file.
 
-    path: file. overrides: top-level fields, None where one is not overridden. settings: values by `dotted.key`. Raises
-    UserError that names the file, the dotted path, what was expected and what came.
+    path: file. overrides: top-level fields, None where one is not overridden. settings: values by `dotted.key`, later
+    ones over earlier ones. Raises UserError that names the file, the dotted path, what was expected and what came.
     """
     tree = read_tree(path)
-    for key, value in (settings or {}).items():
-        _set(tree, key, value)
+    for layer in settings:
+        for key, value in layer.items():
+            _set(tree, key, value)
     tree |= {k: v for k, v in (overrides or {}).items() if v is not None}
     return _absolute_paths(validate(tree, path))
 
@@ -423,15 +420,28 @@ def checked(kind: type[Model], tree: Any, origin: str) -> Model:
         raise UserError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors())) from None
 
 
+def identity(config: Config) -> Config:
+    """The configuration with all that may change while a run goes on, but `rounds`, as it is by default."""
+    sections = {"resources": ResourcesConfig(), "data": _by_default(config.data, ["max_rejects"])}
+    for name in ("train", "pretrain"):
+        if section := getattr(config, name):
+            sections[name] = _by_default(section, SPREAD)
+    return config.model_copy(update=sections)
+
+
+def _by_default(section: Model, names: Iterable[str]) -> Model:
+    return section.model_copy(update={name: type(section).model_fields[name].default for name in names})
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Dotted fields in which `new` is another run than `old`, as `field: old -> new`."""
     found: list[str] = []
-    _differ(old.model_dump(), new.model_dump(), "", found)
+    _differ(identity(old).model_dump(), identity(new).model_dump(), "", found)
     return found
 
 
 def _differ(old: Any, new: Any, path: str, found: list[str]) -> None:
-    if path in ("resources", "data.max_rejects", *SPREAD) or (path == "rounds" and new >= old):
+    if path == "rounds" and new >= old:
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old:
@@ -468,14 +478,15 @@ def _parse(text: str, origin: str) -> Any:
 
 
 def _set(tree: dict, key: str, value: Any) -> None:
+    """Sections on the way are copied: an alias's, or a settings' own, are not this tree's alone."""
     node = tree
     *parents, last = key.split(".")
     for name in parents:
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
+        section = {} if node.get(name) is None else node[name]
+        if not isinstance(section, dict):
             raise UserError(f"{key}: {name!r} is a value, not a section")
+        node[name] = section = dict(section)
+        node = section
     node[last] = value
 
 

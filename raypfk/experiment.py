@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
 import ray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raypfk import config as configs
 from raypfk import lease, loop, progress, session, store, study
 from raypfk.config import Config, Positive, Section
-from raypfk.errors import RunError, UserError
+from raypfk.errors import RunError, UserError, WaitingForLabels
 from raypfk.pool import Pool
+from raypfk.report import published
 from raypfk.run import Run
 from raypfk.schema import RoundDir
 from raypfk.stages import pool as pools
@@ -67,10 +68,24 @@ class ExperimentConfig(Section):
     @classmethod
     def _named(cls, cells: dict[str, CellConfig]) -> dict[str, CellConfig]:
         """They are folders' names, too."""
+        folders: dict[str, str] = {}
         for name in cells:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"expected names of letters, digits, spaces and _.,=+- (80 at most), found {name!r}")
+            if (other := folders.setdefault(study.folder(name), name)) != name:
+                raise ValueError(f"{other!r} and {name!r} would have one folder, {study.folder(name)}")
         return cells
+
+    @model_validator(mode="after")
+    def _published(self):
+        if self.figure is not None and self.figure not in published.figures():
+            raise ValueError(f"figure: expected one of {', '.join(published.figures())}, found {self.figure!r}")
+        known = published.methods(self.figure) if self.figure else []
+        for name, cell in self.cells.items():
+            if cell.published not in (None, *known):
+                expected = f"a curve of `figure` {self.figure} ({', '.join(known) or 'it has none'})"
+                raise ValueError(f"cells.{name}.published: expected {expected}, found {cell.published!r}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -87,10 +102,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run. record: experiment.json."""
+    """What is to be run. record: experiment.json. jobs: these now. whole: all of the cells and seeds in the record."""
 
     record: dict[str, Any]
     jobs: list[Job]
+    whole: list[Job]
     parallel: int | None
     retries: int
 
@@ -106,12 +122,13 @@ def load(path: str, settings: dict[str, Any], only: tuple[str, ...] = (), seeds:
     for name in only:
         if name not in cells:
             raise UserError(f"--cell {name}: expected one of {', '.join(map(repr, cells))} of {path}")
-    jobs = [
-        Job(name, seed, configs.load(base, {"seed": seed}, experiment.set | cells[name].set | settings))
-        for seed in chosen  # seed by seed: what can be compared is complete early
-        for name in (only or cells)
-        if seed in (cells[name].seeds or chosen)
-    ]
+    whole = {
+        (name, seed): Job(name, seed, configs.load(base, {"seed": seed}, experiment.set, cell.set, settings))
+        for name, cell in cells.items()
+        for seed in cell.seeds or sorted({*experiment.seeds, *chosen})
+    }
+    # Seed by seed: what can be compared is complete early.
+    jobs = [whole[name, seed] for seed in chosen for name in (only or cells) if (name, seed) in whole]
     if not jobs:
         raise UserError(f"--seeds {seeds}: none is among the seeds of {', '.join(map(repr, only or cells))} in {path}")
     record = {
@@ -120,23 +137,45 @@ def load(path: str, settings: dict[str, Any], only: tuple[str, ...] = (), seeds:
         "seeds": sorted({*experiment.seeds, *chosen}),
         "cells": {name: cell.model_dump(include={"published", "seeds"}) for name, cell in cells.items()},
     }
-    return Plan(record, jobs, experiment.parallel, experiment.retries)
+    return Plan(record, jobs, [*whole.values()], experiment.parallel, experiment.retries)
 
 
 def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
-    """Do all runs of the plan, or what is left of them. RunError that names those which failed, once all have ended.
+    """Do the plan's jobs, or what is left of them.
 
-    command: what asked for it, as the report says.
+    command: what asked for it, as the report says. Once all have ended, raises RunError that names those which failed,
+    or else WaitingForLabels of those which a person must label for. UserError, before anything is written, where a run
+    that is there is of another configuration: its results would stand beside the others'.
     """
     out = loop.place(out)
     with lease.held(out):
-        store.write_json(store.join(out, study.RECORD), plan.record | {"command": command})
-        tasks = _tasks(_with_pools(plan.jobs, out), out)
+        _refuse_others(plan.whole, out)
+        pools_there = _pools(plan.jobs, out)
+        record = plan.record | {"command": command, "pools": pools_there}
+        store.write_json(store.join(out, study.RECORD), record)
+        tasks = _tasks([_on_pool(job, out) for job in plan.jobs], pools_there, out)
         parallel = _parallel(parallel, len(plan.jobs))
-        failed = _side_by_side(tasks, parallel, plan.retries, lambda: study.write_results(study.open_study(out)))
+        failed, waiting = _side_by_side(
+            tasks, parallel, plan.retries, lambda: study.write_results(study.open_study(out))
+        )
     if failed:
         reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise RunError(f"{len(failed)} of {len(tasks)} tasks failed; the same command tries them again. {reasons}")
+    if waiting:
+        raise WaitingForLabels("\n".join(f"{name}: {needed}" for name, needed in waiting.items()))
+
+
+def _refuse_others(jobs: list[Job], out: str) -> None:
+    others = []
+    for job in jobs:
+        uri = study.run_dir(out, job.cell, job.seed)
+        if store.exists(store.join(uri, "run.json")):
+            try:
+                Run.open(uri).refuse_other(_on_pool(job, out).config)
+            except UserError as error:
+                others.append(str(error))
+    if others:
+        raise UserError("\n".join([*others, "a cell that was changed needs another name, or another --out"]))
 
 
 def _seeds(text: str | None) -> list[int]:
@@ -158,46 +197,58 @@ def _parallel(wanted: int | None, jobs: int) -> int:
 # ------------------------------------------------------------------------------------------------- what cells share
 
 
-def _with_pools(jobs: list[Job], out: str) -> list[Job]:
-    """The jobs on pools that are built, each once for all that have its data and seed."""
-    built: dict[str, str] = {}
-    found = []
+def _pools(jobs: list[Job], out: str) -> dict[str, str]:
+    """Where the jobs' pools are, and their fingerprints: what they were when the experiment began, if they have grown.
+
+    Of data that are no pool yet, one is built for all jobs that have them and their seed.
+    """
+    path = store.join(out, study.RECORD)
+    known = store.read_record(path, {}).get("pools", {}) if store.exists(path) else {}
     for job in jobs:
-        data = job.config.data
-        if data.pool is None:
-            name = f"seed-{job.seed:03d}-{_fingerprint(data.model_dump())}"
-            if name not in built:
-                built[name] = pools.build(data, store.join(out, "pools", name), job.seed).uri
-            data = data.of_pool(built[name])
-        found.append(replace(job, config=job.config.model_copy(update={"data": data})))
-    return found
+        uri = _on_pool(job, out).config.data.pool
+        if uri not in known:
+            data = job.config.data
+            known[uri] = (Pool.open(uri) if data.pool else pools.build(data, uri, job.seed)).fingerprint
+    return known
 
 
-def _tasks(jobs: list[Job], out: str) -> list["Task"]:
+def _on_pool(job: Job, out: str) -> Job:
+    """The job with the place of its pool for its data."""
+    data = job.config.data
+    if data.pool:
+        return job
+    name = f"seed-{job.seed:03d}-{_fingerprint(configs.identity(job.config).data.model_dump())}"
+    uri = store.join(out, "pools", name)
+    return replace(job, config=job.config.model_copy(update={"data": data.of_pool(uri)}))
+
+
+def _tasks(jobs: list[Job], pools_there: dict[str, str], out: str) -> list["Task"]:
     """A task for each job, and before the first that needs it one for the pretraining that jobs share."""
     tasks: dict[str, Task] = {}
     for job in jobs:
-        start = _start(job, out) if job.config.pretrain else None
+        uri, pool = study.run_dir(out, job.cell, job.seed), pools_there[job.config.data.pool]
+        begun = store.exists(RoundDir(uri, 0).marker("train"))
+        start = _start(job, pool, out) if job.config.pretrain and not begun else None
         if start:
             tasks.setdefault(start.name, start)
-        uri = study.run_dir(out, job.cell, job.seed)
-        given = (job.config, uri, start.uri if start else None)
+        given = (job.config, pool, uri, start.uri if start else None)
         tasks[str(job)] = Task(str(job), uri, job.config.rounds, _do_cell, given, start.name if start else None)
     return list(tasks.values())
 
 
-def _start(job: Job, out: str) -> "Task":
+def _start(job: Job, pool: str, out: str) -> "Task":
     """What makes the weights that all jobs of this pool, network, pretraining and seed begin with."""
-    config = job.config
-    alike = (config.data.pool, config.image, config.model.name, config.model.dropout, config.pretrain)
+    config, same = job.config, configs.identity(job.config)
+    alike = (config.data.pool, config.image, config.model.name, config.model.dropout, same.pretrain)
     name = f"seed-{job.seed:03d}-{_fingerprint([*map(_plain, alike)])}"
     uri = store.join(out, "starts", name)
-    return Task(f"pretraining {name}", uri, 0, _do_start, (_start_config(config), uri), None)
+    return Task(f"pretraining {name}", uri, 0, _do_start, (_start_config(config), pool, uri), None)
 
 
 def _start_config(config: Config) -> Config:
     """Of a run that is made for its round 0 alone."""
-    same = {name: getattr(config, name) for name in ("data", "image", "model", "pretrain", "seed", "resources")}
+    names = ("data", "image", "model", "pretrain", "oracle", "seed", "resources")
+    same = {name: getattr(config, name) for name in names}
     return Config(**same, train=config.pretrain, strategy="random", budget=1, rounds=1)
 
 
@@ -226,9 +277,10 @@ class Task(NamedTuple):
 
 def _side_by_side(
     tasks: list[Task], parallel: int, retries: int, after_each: Callable[[], None]
-) -> dict[str, UserError | RunError]:
-    """Do tasks, so many at a time, in their order as far as needs allow; by name, the errors of those that failed."""
-    waiting, tries, done, failed = list(tasks), Counter(), set(), {}
+) -> tuple[dict[str, Exception], dict[str, WaitingForLabels]]:
+    """Do tasks, so many at a time, in their order as far as needs allow. By name: the errors of those that failed, and
+    what others wait for."""
+    waiting, tries, done, failed, unlabelled = list(tasks), Counter(), set(), {}, {}
     running: dict[ray.ObjectRef, tuple[Task, _Rounds]] = {}
     with progress.current().bar("experiment", sum(task.rounds for task in tasks), "rounds") as advance:
         while waiting or running:
@@ -240,10 +292,12 @@ def _side_by_side(
             for ref in ended:
                 task, _ = running.pop(ref)
                 error, tries[task.name] = _error_of(ref), tries[task.name] + 1
-                again = error is not None and tries[task.name] <= retries and not isinstance(error, UserError)
+                again = isinstance(error, RunError) and tries[task.name] <= retries
                 progress.current().say(f"{task.name}: {'done' if error is None else error}{', again' if again else ''}")
                 if error is None:
                     done.add(task.name)
+                elif isinstance(error, WaitingForLabels):
+                    unlabelled[task.name] = error
                 elif again:
                     waiting.append(task)
                 else:
@@ -251,17 +305,17 @@ def _side_by_side(
                     failed |= dict.fromkeys((each.name for each in lost), error)
                     waiting = [other for other in waiting if other not in lost]
                 after_each()
-    return failed
+    return failed, unlabelled
 
 
 def _ready(waiting: list[Task], done: set[str]) -> Task | None:
     return next((task for task in waiting if task.needs is None or task.needs in done), None)
 
 
-def _error_of(ref: ray.ObjectRef) -> UserError | RunError | None:
+def _error_of(ref: ray.ObjectRef) -> Exception | None:
     try:
         session.result(ref)
-    except (UserError, RunError) as error:
+    except (UserError, RunError, WaitingForLabels) as error:
         return error
     return None
 
@@ -285,14 +339,20 @@ _task = ray.remote(num_cpus=1, max_calls=1, max_retries=0, scheduling_strategy="
 
 
 @_task
-def _do_cell(config: Config, uri: str, start: str | None, others: int) -> None:
+def _do_cell(config: Config, pool: str, uri: str, start: str | None, others: int) -> None:
     session.share_with(others)
-    loop.run(config, uri, Run.open(start) if start else None)
+    loop.run(config, uri, Run.open(start) if start else None, _pool(config, pool))
 
 
 @_task
-def _do_start(config: Config, uri: str, others: int) -> None:
+def _do_start(config: Config, pool: str, uri: str, others: int) -> None:
     session.share_with(others)
-    there = store.exists(store.join(uri, "run.json"))  # begun for a cell with other taps, which change nothing here
+    if store.exists(store.join(uri, "run.json")):  # begun for a cell whose taps or oracle, which change nothing here,
+        now = {name: getattr(config, name) for name in ("data", "train", "pretrain", "resources")}  # were others
+        config = Run.open(uri).config.model_copy(update=now)
     with lease.held(uri):
-        loop.do_round(Run.open(uri) if there else Run.create_or_open(config, uri, Pool.open(config.data.pool)), 0)
+        loop.do_round(Run.create_or_open(config, uri, _pool(config, pool)), 0)
+
+
+def _pool(config: Config, fingerprint: str) -> Pool:
+    return Pool.open(config.data.pool).as_of(fingerprint, "the experiment was begun on")

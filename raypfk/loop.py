@@ -7,6 +7,7 @@ from collections.abc import Callable
 from raypfk import lease, progress, store, trust
 from raypfk.config import Config
 from raypfk.errors import UserError
+from raypfk.pool import Pool
 from raypfk.run import Run, open_pool
 from raypfk.stages.acquire import acquire
 from raypfk.stages.evaluate import evaluate, write_metrics
@@ -25,16 +26,17 @@ STAGES: dict[str, Callable[[Run, int], dict]] = {
 }
 
 
-def run(config: Config, out: str, start: Run | None = None) -> Run:
+def run(config: Config, out: str, start: Run | None = None, pool: Pool | None = None) -> Run:
     """Do a whole run, or what is left of it. Raises UserError if `out` holds another run.
 
-    start: if given, a run of the same pool, network, pretraining and seed, whose round 0 this one adopts.
+    start: if given, a run of the same pool, network, pretraining and seed, whose round 0 this one adopts. pool: if
+    given, `data.pool` as it is to be, which may have grown since.
     """
     out = place(out)
     if store.exists(store.join(out, "run.json")):
         Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
     with lease.held(out):
-        this = Run.create_or_open(config, out, open_pool(config, out))
+        this = Run.create_or_open(config, out, pool or open_pool(config, out))
         if not this.done(0, "train"):
             for text in trust.at_start(this):
                 progress.current().say(f"warning: {text}")
@@ -117,6 +119,7 @@ def _line(number: int, stage: str, facts: dict) -> str:
         confusion = facts["confusion"]
         right = sum(row[i] for i, row in enumerate(confusion))
         shown = {"test_accuracy": f"{right / max(1, facts['tested']):.4f}"}
+        shown |= {"rejected": facts["rejected"]} if facts["rejected"] else {}
     details = ", ".join(f"{k} {_short(v)}" for k, v in shown.items())
     return f"round {number}: {stage} in {facts['seconds']:.1f} s{': ' if details else ''}{details}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from raypfk import progress
-from raypfk.errors import RunError, UserError
+from raypfk.errors import RunError, UserError, WaitingForLabels
 
 PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_NO_SIGN_REQUEST")
 """What a cluster's workers are told of the driver's environment. Never a secret: Ray shows it to all who look."""
@@ -108,11 +108,11 @@ def cores() -> int:
 
 
 def result(ref: ray.ObjectRef) -> Any:
-    """What a task returns, or the error that it raised; RunError where Ray lost it."""
+    """What a task returns, or what it raised; RunError where Ray lost it."""
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError | RunError):
+        if isinstance(error.cause, UserError | RunError | WaitingForLabels):
             raise error.cause from None
         raise RunError(f"a task failed: {type(error.cause).__name__}: {error.cause}") from error
     except ray.exceptions.RayError as error:

@@ -24,9 +24,11 @@ TABLE = pa.schema([pa.field("cell", pa.string()), pa.field("seed", pa.int64()), 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seed alone. published: the name of its curve among the paper's, if it has one."""
+    """Runs that differ in their seed alone. seeds: those that it is to be run on. published: the name of its curve
+    among the paper's, if it has one."""
 
     name: str
+    seeds: list[int]
     published: str | None = None
     runs: dict[int, Run] = field(default_factory=dict)
 
@@ -59,8 +61,8 @@ def open_study(uri: str) -> Study:
     record = store.read_record(path, {"title": str, "seeds": list, "cells": dict})
     cells, missing = [], []
     for name, facts in record["cells"].items():
-        cell = Cell(name, facts.get("published"))
-        for seed in facts.get("seeds") or record["seeds"]:
+        cell = Cell(name, facts.get("seeds") or record["seeds"], facts.get("published"))
+        for seed in cell.seeds:
             place = run_dir(uri, name, seed)
             if store.exists(store.join(place, "run.json")):
                 cell.runs[seed] = Run.open(place)
@@ -73,12 +75,17 @@ def open_study(uri: str) -> Study:
 def alone(run: Run) -> Cell:
     """A run as a cell, named for its strategy."""
     name = run.config.strategy + (f", S={run.config.label_estimator}" if run.strategy.kind == "kernel" else "")
-    return Cell(name, None, {run.config.seed: run})
+    return Cell(name, [run.config.seed], None, {run.config.seed: run})
 
 
 def run_dir(uri: str, cell: str, seed: int) -> str:
     """Where an experiment has the run of a cell and a seed."""
-    return store.join(uri, "cells", cell.replace(" ", "_"), f"seed-{seed:03d}")
+    return store.join(uri, "cells", folder(cell), f"seed-{seed:03d}")
+
+
+def folder(cell: str) -> str:
+    """Of a cell's runs."""
+    return cell.replace(" ", "_")
 
 
 def table(study: Study) -> pa.Table:

@@ -56,7 +56,7 @@ def vm() -> dict:
 
 @pytest.fixture
 def imagenet() -> config.Config:
-    return config.load(str(ROOT / "configs" / "imagenet.yaml"), settings={"data.root": "/data"})
+    return config.load(str(ROOT / "configs" / "imagenet.yaml"), {}, {"data.root": "/data"})
 
 
 def groups(job: dict) -> list[dict]:
@@ -138,7 +138,7 @@ def test_kuberay_entrypoint_refers_to_files_that_are_there(job):
     assert (ROOT / words[1]).is_file()
     assignments = tuple(after for word, after in itertools.pairwise(words) if word == "--set")
     assert len(words) == 6 + 2 * len(assignments)
-    loaded = config.load(str(ROOT / words[3]), settings=config.assigned(assignments))
+    loaded = config.load(str(ROOT / words[3]), {}, config.assigned(assignments))
     assert (loaded.data.source, loaded.data.root) == ("ilsvrc", "s3://BUCKET/ILSVRC")
 
 

@@ -44,7 +44,7 @@ def minimal(write):
 def refused(path: str, *expected: str, assignments: tuple[str, ...] = ()) -> str:
     """The message of the UserError, in which each of `expected` is found."""
     with pytest.raises(UserError) as caught:
-        config.load(path, settings=config.assigned(assignments))
+        config.load(path, {}, config.assigned(assignments))
     for text in expected:
         assert text in str(caught.value)
     return str(caught.value)
@@ -60,7 +60,7 @@ def test_what_is_shipped():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_file_is_valid(name):
-    assert isinstance(config.load(str(CONFIGS / name), settings=config.assigned(root_for(name))), Config)
+    assert isinstance(config.load(str(CONFIGS / name), {}, config.assigned(root_for(name))), Config)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name != "digits.yaml"])
@@ -79,7 +79,7 @@ def test_shipped_files_ask_for_the_root(name):
 )
 def test_the_papers_settings(name, validation, taps, budget, epochs, batch_size, lr, decay_every, milestones):
     """Section 5, number by number."""
-    c = config.load(str(CONFIGS / f"{name}.yaml"), settings={"data.root": "/data"})
+    c = config.load(str(CONFIGS / f"{name}.yaml"), {}, {"data.root": "/data"})
     assert (c.data.validation, c.model.taps, c.budget, c.rounds) == (validation, taps, budget, 10)
     assert (c.train.epochs, c.train.batch_size, c.train.lr, c.train.decay) == (epochs, batch_size, lr, 0.1)
     assert (c.train.decay_every, c.train.milestones) == (decay_every, milestones)
@@ -359,6 +359,16 @@ def test_relative_paths_are_made_absolute(minimal, tmp_path, monkeypatch):
 
 def test_uris_stay(minimal):
     assert minimal("data.source=folder", "data.root=s3://b/train").data.root == "s3://b/train"
+
+
+def test_what_is_set_is_set_there_alone(write):
+    """Not in a section that a YAML alias stands for, nor in the settings themselves; later settings win."""
+    path = write(MINIMAL.replace("train: {", "train: &t {") + "pretrain: *t\n")
+    sections = {"vote": {"neighbours": 5}}
+    found = config.load(path, {}, sections, {"vote.power": 2.0, "train.epochs": 9}, {"vote.neighbours": 7})
+    assert (found.vote.neighbours, found.vote.power) == (7, 2.0)
+    assert (found.train.epochs, found.pretrain.epochs) == (9, 2)
+    assert sections == {"vote": {"neighbours": 5}}
 
 
 # What makes another run

@@ -28,7 +28,7 @@ SMALL = (
 def run(name: str, folder: Path, *assignments: str) -> Run:
     """The shipped configuration with SMALL and `assignments`, run on the files in `folder`/in."""
     given = (f"data.root={folder / 'in'}", *SMALL, *assignments)
-    return loop.run(config.load(str(CONFIGS / name), settings=config.assigned(given)), str(folder / "run"))
+    return loop.run(config.load(str(CONFIGS / name), {}, config.assigned(given)), str(folder / "run"))
 
 
 def assert_whole(done: Run, shown: Callable[[Tensor], int], sizes: dict[str, int], budget: int) -> None:

@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
-from raypfk import cli, store
+from raypfk import cli, descriptor_files, store
 from raypfk.errors import UserError
+from raypfk.pfk import Descriptors
 from raypfk.report import report
 from tests import studies
 
@@ -165,6 +167,26 @@ def test_an_unfinished_experiment_is_reported_as_far_as_it_is(tmp_path, pool):
     assert page.column("accuracy, last epoch") == ["37.5 ± 17.7 %", "25.0 %"] and page.column("seeds") == ["2", "1"]
     assert page.column("p") == ["not known"]
     assert ["2", "6", "87.5 ± 17.7 %", "not done"] in page.rows
+
+
+def test_labels_saved_are_of_the_same_seeds(tmp_path, pool):
+    """A cell that is run on a seed that is easy for all saves nothing by it, and n says of how many seeds that is."""
+    cells = {"pfk": {1: (0.5, 0.75)}, "random": {1: (0.5, 0.75), 2: (0.25, 0.5)}}
+    uri = studies.experiment(str(tmp_path), pool, cells, seeds=[1, 2])
+    page = Page(report.write(uri, str(tmp_path / "page"), "raypfk report"))
+    assert page.column("labels saved at the accuracy of random") == ["0 %: 6 for 6 (n 1)", "the baseline"]
+    assert ["2", "6", "75.0 % (n 1)", "62.5 ± 17.7 %"] in page.rows
+
+
+def test_features_that_are_all_the_same_have_no_map(tmp_path, pool):
+    """As of a network that has died."""
+    run = studies.run(str(tmp_path / "run"), pool, "pfk", 1, (0.5, 0.75))
+    path = run.round(2).validation
+    table, described, origin = descriptor_files.read_validation(run, 2)
+    dead = Descriptors(torch.zeros_like(described.z), described.g)
+    columns = {name: table[name] for name in table.column_names if name not in origin.vectors}
+    descriptor_files.write(path, descriptor_files.encode(columns, dead, origin), run.id, origin)
+    assert "No map" in Page(report.write(run.uri, None, "raypfk report")).text
 
 
 def test_an_experiment_without_a_round(tmp_path, pool):

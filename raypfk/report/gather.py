@@ -3,7 +3,6 @@
 Shapes: S seeds, B rounds, D classes, N images, L numbers of a descriptor.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ PERPLEXITY = 30
 
 @dataclass(frozen=True)
 class Curves:
-    """A cell's results. published: the name of its curve among the paper's. seeds: of runs with a round, (S,).
+    """A cell's results. published: the name of its curve among the paper's. seeds: those that it is to be run on, (S,).
 
     bought_B: labels after each round, a mean where seeds differ. values: a column of `results.RESULTS` -> (S, B), NaN
     where a run has not got to, and where it is not known.
@@ -49,15 +48,19 @@ class Curves:
         """Mean and sample deviation over the seeds, (B,) each."""
         return statistics.mean_and_deviation(self.values[column])
 
-    def until(self, rounds: int, column: str = "test_accuracy") -> tuple[np.ndarray, np.ndarray]:
-        """Labels and mean of the first rounds, of the seeds that have got so far: the same seeds at each point."""
-        y_SB = self.values[column][:, :rounds]
-        mean_B, _ = statistics.mean_and_deviation(y_SB[np.isfinite(y_SB).all(1)])
-        return self.bought_B[:rounds], mean_B
+    def seeds_until(self, rounds: int) -> list[int]:
+        """Those that have got so far."""
+        whole_S = np.isfinite(self.values["test_accuracy"][:, :rounds]).all(1)
+        return [seed for seed, whole in zip(self.seeds, whole_S, strict=True) if whole]
 
-    def areas(self, rounds: int, column: str = "test_accuracy") -> dict[int, float]:
+    def until(self, rounds: int, seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and mean accuracies of the first rounds, of these seeds."""
+        y_SB = self.values["test_accuracy"][[self.seeds.index(seed) for seed in seeds], :rounds]
+        return self.bought_B[:rounds], statistics.mean_and_deviation(y_SB)[0]
+
+    def areas(self, rounds: int) -> dict[int, float]:
         """By seed, the area under the curve of the first rounds: NaN if the seed has not got so far."""
-        areas = statistics.area(self.bought_B[:rounds], self.values[column][:, :rounds])
+        areas = statistics.area(self.bought_B[:rounds], self.values["test_accuracy"][:, :rounds])
         return dict(zip(self.seeds, areas.tolist(), strict=True))
 
 
@@ -65,21 +68,19 @@ def curves(study: Study, table: pa.Table) -> list[Curves]:
     """Of each cell that has a round, in their order. table: `study.table`."""
     rows, found = table.to_pylist(), []
     for cell in study.cells:
-        own = {seed: [r for r in rows if (r["cell"], r["seed"]) == (cell.name, seed)] for seed in cell.runs}
-        own = {seed: rounds for seed, rounds in own.items() if rounds}
-        if own:
-            values = {name: _values(own.values(), name) for name in _NUMBERS}
+        own = [[r for r in rows if (r["cell"], r["seed"]) == (cell.name, seed)] for seed in cell.seeds]
+        if any(own):
+            values = {name: _values(own, name) for name in _NUMBERS}
             strategy = next(iter(cell.runs.values())).config.strategy
             bought_B, _ = statistics.mean_and_deviation(values["bought"])
-            found.append(Curves(cell.name, strategy, cell.published, list(own), bought_B, values))
+            found.append(Curves(cell.name, strategy, cell.published, cell.seeds, bought_B, values))
     return found
 
 
 _NUMBERS = [field.name for field in results.RESULTS if not pa.types.is_list(field.type)]
 
 
-def _values(runs: Iterable[list[dict]], name: str) -> np.ndarray:
-    runs = list(runs)
+def _values(runs: list[list[dict]], name: str) -> np.ndarray:
     y_SB = np.full((len(runs), max(map(len, runs))), np.nan)
     for y_B, rows in zip(y_SB, runs, strict=True):
         y_B[: len(rows)] = [np.nan if row[name] is None else row[name] for row in rows]
@@ -164,7 +165,7 @@ def embedding(run: Run, round: int) -> Embedding | None:
     """t-SNE (van der Maaten and Hinton 2008) of the validation set's features under the network of `round`.
 
     They are written by the next round; where that is not begun, the network is the one before. None if the strategy's
-    files have no features, or of too few images. At most `MOST_POINTS`, drawn by the images' ids.
+    files have no features, or of too few images, or all the same. At most `MOST_POINTS`, drawn by the images' ids.
     """
     number = next(
         (n for n in (round + 1, round) if run.done(n, "extract") and store.exists(run.round(n).validation)), None
@@ -175,6 +176,8 @@ def embedding(run: Run, round: int) -> Embedding | None:
     x_NL = (described.hidden if isinstance(described, LastLayer) else described.z).numpy()
     drawn = np.sort(np.argsort(salts(table["image_id"].to_pylist(), run.seed("report")))[:MOST_POINTS])
     if len(drawn) <= PERPLEXITY:
+        return None
+    if not np.ptp(x_NL[drawn], axis=0).any():  # of a network that has died; scikit-learn divides by zero there
         return None
     tsne = TSNE(perplexity=PERPLEXITY, init="pca", random_state=run.seed("report") % 2**32)
     label_N, missed_N = (table[name].to_numpy()[drawn] for name in ("label", "missed"))

@@ -53,6 +53,16 @@ def figure(name: str, budget: int) -> Figure | None:
     return Figure(name, rows[0]["dataset"], int(rows[0]["imbalance"]), percent, list(curves.values()), limits)
 
 
+def figures() -> list[str]:
+    """Names of the figures that are there."""
+    return [*dict.fromkeys(row["figure"] for row in _rows())]
+
+
+def methods(figure: str) -> list[str]:
+    """Names of a figure's curves."""
+    return [*dict.fromkeys(row["method"] for row in _rows() if row["figure"] == figure and row["fraction_percent"])]
+
+
 def _rows() -> list[dict[str, str]]:
     text = (importlib.resources.files(__package__) / "published.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))

@@ -76,8 +76,14 @@ def headline(cells: list[Curves], rounds: int, baseline: Curves | None, validati
 
 
 def _saved(cell: Curves, baseline: Curves, rounds: int) -> list[str]:
-    both = [*cell.until(rounds), *baseline.until(rounds)]
-    return [saved(statistics.saved_at(both[-1][-1], *both)), saved(statistics.most_saved(*both), at=True)]
+    """Over the seeds that both have, n of them where one has others beside."""
+    seeds = [seed for seed in cell.seeds_until(rounds) if seed in baseline.seeds_until(rounds)]
+    if not seeds:
+        return [UNKNOWN] * 2
+    both = [*cell.until(rounds, seeds), *baseline.until(rounds, seeds)]
+    n = "" if cell.seeds == baseline.seeds == seeds else f" (n {len(seeds)})"
+    found = saved(statistics.saved_at(both[-1][-1], *both)), saved(statistics.most_saved(*both), at=True)
+    return [text if text == UNKNOWN else text + n for text in found]
 
 
 def significance(cells: list[Curves], rounds: int) -> Table | None:

@@ -19,7 +19,7 @@ from ray.train.torch import prepare_model
 
 from raypfk import augment, models, progress, session, store
 from raypfk.config import TrainConfig
-from raypfk.errors import RunError
+from raypfk.errors import RunError, UserError
 from raypfk.models import Architecture
 from raypfk.pool import Shard
 from raypfk.rejects import Rejects, TooMany
@@ -91,7 +91,10 @@ def pretrain(run: Run, round: int = 0) -> dict:
 
 def adopt(run: Run, other: Run) -> dict:
     """Write rounds/000's checkpoint from that of another run of the same pool, network, pretraining and seed: the
-    weights that `pretrain` would come to."""
+    weights that `pretrain` would come to. UserError where the pool is another."""
+    if other.pool.fingerprint != run.pool.fingerprint:
+        found = f"those of {other.uri} are of the pool {other.pool.fingerprint[:12]}"
+        raise UserError(f"{run.uri}: expected weights of the pool {run.pool.fingerprint[:12]}, {found}")
     net, origin = run.architecture.build(), other.round(0).checkpoint
     models.restore(net, models.load(checkpoint_of(other, 0), origin)[0], origin)
     _begin(run, net)

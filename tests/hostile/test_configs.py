@@ -114,4 +114,4 @@ def test_a_configuration_that_is_no_file(path, message):
 )
 def test_a_bad_assignment_is_refused(tmp_path, assignment, message):
     (tmp_path / "run.yaml").write_text(TEXT)
-    refusal(lambda: config.load(str(tmp_path / "run.yaml"), settings=config.assigned((assignment,))), message)
+    refusal(lambda: config.load(str(tmp_path / "run.yaml"), {}, config.assigned((assignment,))), message)
