@@ -66,7 +66,8 @@ def latest(run: Run) -> tuple[Row | None, list[str]]:
     if not networks:
         return None, at_start(run)
     row = dict.fromkeys(TRUST.names) | _row(run, networks)
-    return row, [*at_start(run), *_by_labels(run, row["round"]), *_no_miss(run, networks[-1]), *_shifted(row)]
+    number, here = row["round"], networks[-1]
+    return row, [*at_start(run), *_by_labels(run, number), *_unread(run, number), *_no_miss(run, here), *_shifted(row)]
 
 
 def at_start(run: Run) -> list[str]:
@@ -228,6 +229,21 @@ def _never_estimated(run: Run, number: int, classes: set[int]) -> set[int]:
         path = run.round(number).described(shard.name)
         classes = classes - set(pc.unique(run.read(path, columns=["estimated_label"])["estimated_label"]).to_pylist())
     return classes
+
+
+def _unread(run: Run, number: int) -> list[str]:
+    """Of validation and test images that are left out of what is asked and measured."""
+    last = number if run.done(number, "evaluate") else number - 1
+    counts = [
+        ("validation", number, (run.done(number, "extract") or {}).get("validation_rejected")),
+        ("test", last, (run.done(last, "evaluate") or {}).get("rejected")),
+    ]
+    return [
+        f"{count:,} of {run.pool.rows(split):,} {split} images could not be read in round {at} and are left out: "
+        f"why in {run.round(at).rejects(split)}"
+        for split, at, count in counts
+        if count
+    ]
 
 
 def _no_miss(run: Run, here: _Network) -> list[str]:

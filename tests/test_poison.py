@@ -142,7 +142,8 @@ def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
     uri_of = {row["image_id"]: row["uri"] for s in pool.shards("pool") for row in pool.read_shard(s).to_pylist()}
     uris = list(uri_of.values())
     whole = [Path(uri).read_bytes() for uri in uris[::3]]
-    for uri in uris[::3]:
+    trusted = [row["uri"] for s in pool.shards("validation") for row in pool.read_shard(s).to_pylist()]
+    for uri in [*uris[::3], *trusted[:2]]:
         Path(uri).write_bytes(b"")
     tree = {"data": {"pool": pool.uri}, "image": {"size": 16, "resize": 16, "channels": 1}, "elsewhere": {"share": 0.5}}
     run = tiny.begin(tiny.config(**tree), tmp_path / "run")
@@ -153,6 +154,7 @@ def test_too_many_bad_images_stop_a_stage_with_a_summary(ray_session, tmp_path):
     run = Run.create_or_open(allowed, run.uri, pool)
     loop.do_stage(run, 1, "extract")
     assert run.done(1, "extract")["rejected"] == len(uris[::3]) == 70
+    assert run.done(1, "extract")["validation_rejected"] == 2
     for stage in ("score", "acquire"):
         loop.do_stage(run, 1, stage)
     chosen = run.read(run.round(1).selection, SELECTION)["image_id"].to_pylist()

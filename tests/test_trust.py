@@ -129,6 +129,23 @@ def test_a_curve_by_hand(make):
     assert trust.latest(made.run)[0] == found[3]
 
 
+def test_images_that_are_left_out_are_said(make):
+    """Of the validation set in the last round that looked, of the test set in the last that was evaluated."""
+    made = make()
+    made.run.pool.manifest["splits"]["test"] = {"rows": 50}
+    made.extract(1, first_missed(30, 398))
+    made.run.mark(1, "extract", {"seconds": 0.0, "validation_rejected": 2})
+    said = trust.warnings(made.run)
+    assert [text for text in said if "read" in text] == [
+        "2 of 400 validation images could not be read in round 1 and are left out: why in "
+        + made.run.round(1).rejects("validation")
+    ]
+    made.run.mark(1, "evaluate", {"seconds": 0.0, "rejected": 5})
+    made.buy(1)
+    made.extract(2, first_missed(10))
+    assert any(text.startswith("5 of 50 test images could not be read in round 1") for text in trust.warnings(made.run))
+
+
 def test_a_plateau_is_over_the_images_that_both_were_shown(make):
     """Images rejected in either round do not count, and answers are matched by id, not by place."""
     made = make()

@@ -37,7 +37,9 @@ def evaluate(run: Run, round: int) -> dict:
         for done in through_actors(shards, decoder, Predictor, actor, run, "test"):
             np.add.at(confusion, (done["label"], done["predicted"]), 1)
             advance(len(done["label"]))
-    facts = {"confusion": confusion.tolist(), "tested": int(confusion.sum()), "forward": int(confusion.sum())}
+    tested = int(confusion.sum())
+    facts = {"confusion": confusion.tolist(), "tested": tested, "forward": tested}
+    facts["rejected"] = run.pool.rows("test") - tested
     return facts | quality(run, round)
 
 

@@ -182,7 +182,9 @@ def _validation(
         lease.check(run.uri)  # another driver may be at work on the parts that are deleted here
         descriptor_files.write(files.validation, table, run.id, origin)
         store.delete(files.validation_parts)
-    return descriptor_files.read_validation(run, round, networks[0].weights)[:2]
+    table, described, _ = descriptor_files.read_validation(run, round, networks[0].weights)
+    facts["validation_rejected"] = run.pool.rows("validation") - table.num_rows
+    return table, described
 
 
 def _with_centers(run: Run, round: int, table: pa.Table, origin: Origin) -> pa.Table:
