@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from raypfk import descriptor_files, loop, models, pfk, status, store
+from raypfk.config import MonteCarloConfig, VoteConfig
 from raypfk.errors import RunError, UserError, WaitingForLabels
 from raypfk.pfk import Descriptors, TapReader, TopK
 from raypfk.run import Run
 from raypfk.schema import CANDIDATES, LABELS, SELECTION, descriptors
-from raypfk.stages import acquire, extract, score, stream
+from raypfk.stages import acquire, extract, methods, score, stream
 from raypfk.stages.acquire import pick
 from tests import tiny
 
@@ -306,6 +307,25 @@ def test_monte_carlo_samples_are_an_images_own(tmp_path):
     assert tables[0]["image_id"].to_pylist() == tables[1]["image_id"].to_pylist()
     assert pc.mean(same.cast(pa.int8())).as_py() > 0.99  # a batch's rows are elsewhere, and may round elsewhere
     assert len(pc.unique(tables[0]["estimated_label"])) > 1
+
+
+def test_monte_carlo_asks_a_network_for_as_many_images_each_time(monkeypatch):
+    """Where a batch is too large to be asked at once: the same labels, from parts that are all of one size."""
+    net, asked = models.build("lenet", 1, 10, 28, 0), []
+    reader = pfk.TapReader(net, ["conv2"])
+
+    def spied(x):
+        asked.append(len(x))
+        return reader(x)
+
+    describer = object.__new__(methods._Describer)
+    describer.reader, describer.classes = spied, 10
+    describer.told = methods.Describe(None, (), "mc-trace", True, VoteConfig(), MonteCarloConfig(), seed=0)
+    x, rows = torch.randn(7, 1, 28, 28), {"image_id": np.array([f"i{n}" for n in range(7)])}
+    whole = describer._monte_carlo(x, rows)
+    monkeypatch.setattr(methods, "MONTE_CARLO_NUMBERS", 10 * (20 * 4 * 4 + 8 * 20) * 3)
+    asked.clear()
+    assert describer._monte_carlo(x, rows).tolist() == whole.tolist() and asked == [1, *[3] * 8 * 3]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every strategy through the same stages, on real images: what is chosen, from what, and by whom it may be lost."""
 
+import math
 import os
 import sys
 
@@ -188,6 +189,12 @@ def test_holders_choose_what_one_part_would(pool, tmp_path, strategy):
     if strategy == "similar":
         missed = run.read(files.validation)["missed"].to_numpy()
         assert len(given["misses"].hidden) == missed.sum() > 0
+
+
+def test_a_score_that_float32_has_no_number_for_is_its_lowest():
+    """Of an image that is the same as one that `badge` has chosen; -inf stays what a vector that is not finite has."""
+    found = np.array([greedy._narrow(value) for value in (-2.9e299, -math.inf, -1.5)], np.float32)
+    assert found.tolist() == [np.finfo(np.float32).min, -math.inf, -1.5]
 
 
 def test_gradients_are_those_of_the_last_layer(pool, tmp_path):

@@ -4,6 +4,7 @@ What was chosen goes to all holders with the next question, so that a choice cos
 lost begins anew, and is told all choices so far.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from raypfk.salts import salts
 from raypfk.schema import SELECTION
 from raypfk.stages.keys import ids_of, keys_of
 from raypfk.stages.stream import network_of, value
+
+LOWEST = float(np.finfo(np.float32).min)
 
 
 class Answer(NamedTuple):
@@ -77,8 +80,13 @@ def one_by_one(run: Run, round: int, count: int) -> tuple[pa.Table, dict]:
     files = run.round(round)
     keys = np.array([proposal.key for proposal in chosen], np.int64)
     ids = ids_of(keys, [files.described(shard.name) for shard in run.pool.shards("pool")])
-    score = pa.array([proposal.value for proposal in chosen], SELECTION.field("score").type)
+    score = pa.array([_narrow(proposal.value) for proposal in chosen], SELECTION.field("score").type)
     return pa.table({"image_id": ids, "score": score}), {"holders": wanted}
+
+
+def _narrow(value: float) -> float:
+    """For float32: what it has no number for is its lowest, for -inf says that the vector is not finite."""
+    return value if value == -math.inf else max(value, LOWEST)
 
 
 def _choose(holders: list, count: int) -> list[Proposal]:

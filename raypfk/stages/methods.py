@@ -24,7 +24,7 @@ from raypfk.stages.stream import Maybe, NetworkSpec, adversary, value
 from raypfk.strategies import Strategy
 
 MONTE_CARLO_NUMBERS = 1 << 27
-"""Fisher scores of samples and classes held at once."""
+"""Of gradients and Fisher scores of samples and classes, held at once."""
 Rows = dict[str, np.ndarray]
 """Columns of a batch's images, without the padding: image_id, and label if it is known."""
 Columns = dict[str, Tensor]
@@ -157,14 +157,17 @@ class _Describer:
         told = self.told
         estimate = {"mc-trace": pfk.mc_trace, "mc-information": pfk.mc_information}[told.estimator]
         own = _salts(rows, told.seed, x)
-        numbers = told.monte_carlo.samples * self.classes * sum(pfk.lengths(self.reader(x[:1])[1]))
-        size = max(1, MONTE_CARLO_NUMBERS // numbers)
+        _, taps = self.reader(x[:1])
+        # Of an image: gradients of one sample at all places of the taps' outputs, then their means of all samples.
+        numbers = sum(tap.numel() for tap in taps) + told.monte_carlo.samples * sum(pfk.lengths(taps))
+        size = min(len(x), max(1, MONTE_CARLO_NUMBERS // (self.classes * numbers)))
+        more = -len(x) % size  # the last part is as large as the others: a network's last digits depend on it
         found = []
-        for part, own_n in zip(x.split(size), own.split(size), strict=True):
+        for part, own_n in zip(*(torch.cat([held, held[:more]]).split(size) for held in (x, own)), strict=True):
             samples = [self._sample(part, own_n, k) for k in range(told.monte_carlo.samples)]
             z_KnL, g_KnDL = (torch.stack(held) for held in zip(*samples, strict=True))
             found.append(estimate(z_KnL, g_KnDL).argmax(1))
-        return torch.cat(found)
+        return torch.cat(found)[: len(x)]
 
     def _sample(self, x: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Features (n, L) and the Fisher scores of all classes (n, D, L) of the k-th sample around each image."""
