@@ -198,12 +198,6 @@ class MonteCarloConfig(Section):
     noise: Annotated[float, Field(ge=0)] = 0.1
     """Standard deviation of the Gaussian noise added to what the network sees."""
 
-    @model_validator(mode="after")
-    def _differ(self):
-        if not self.rotation and not self.noise:
-            raise ValueError("give a `rotation` or a `noise`: samples that are all the same tell no class from another")
-        return self
-
 
 class UncertaintyConfig(Section):
     """Strategies by predictions: variation-ratio, max-entropy, bald, margin, least-confidence."""

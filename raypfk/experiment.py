@@ -9,12 +9,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
 import ray
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from raypfk import config as configs
 from raypfk import lease, loop, progress, session, store, study
@@ -35,7 +35,13 @@ Settings = dict[str, Any]
 _NAME = re.compile(r"\w[\w .,=+-]{0,79}")
 
 
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+def _once(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"expected each seed once, found {seeds}")
+    return seeds
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_once)]
 
 
 class CellConfig(Section):
@@ -102,7 +108,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run. record: experiment.json. jobs: these now. whole: all of the cells and seeds in the record."""
+    """What is to be run. record: experiment.json. jobs: these now. whole: the same cells on all seeds in the record."""
 
     record: dict[str, Any]
     jobs: list[Job]
@@ -122,19 +128,20 @@ def load(path: str, settings: dict[str, Any], only: tuple[str, ...] = (), seeds:
     for name in only:
         if name not in cells:
             raise UserError(f"--cell {name}: expected one of {', '.join(map(repr, cells))} of {path}")
+    asked, all_seeds = {name: cells[name] for name in only or cells}, sorted({*experiment.seeds, *chosen})
     whole = {
         (name, seed): Job(name, seed, configs.load(base, {"seed": seed}, experiment.set, cell.set, settings))
-        for name, cell in cells.items()
-        for seed in cell.seeds or sorted({*experiment.seeds, *chosen})
+        for name, cell in asked.items()
+        for seed in cell.seeds or all_seeds
     }
     # Seed by seed: what can be compared is complete early.
-    jobs = [whole[name, seed] for seed in chosen for name in (only or cells) if (name, seed) in whole]
+    jobs = [whole[name, seed] for seed in chosen for name in asked if (name, seed) in whole]
     if not jobs:
-        raise UserError(f"--seeds {seeds}: none is among the seeds of {', '.join(map(repr, only or cells))} in {path}")
+        raise UserError(f"--seeds {seeds}: none is among the seeds of {', '.join(map(repr, asked))} in {path}")
     record = {
         "title": experiment.title,
         "figure": experiment.figure,
-        "seeds": sorted({*experiment.seeds, *chosen}),
+        "seeds": all_seeds,
         "cells": {name: cell.model_dump(include={"published", "seeds"}) for name, cell in cells.items()},
     }
     return Plan(record, jobs, [*whole.values()], experiment.parallel, experiment.retries)
@@ -149,8 +156,8 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
     """
     out = loop.place(out)
     with lease.held(out):
-        _refuse_others(plan.whole, out)
-        pools_there = _pools(plan.jobs, out)
+        _refuse_others(plan, out)
+        pools_there = _pools(plan, out)
         record = plan.record | {"command": command, "pools": pools_there}
         store.write_json(store.join(out, study.RECORD), record)
         tasks = _tasks([_on_pool(job, out) for job in plan.jobs], pools_there, out)
@@ -165,22 +172,31 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
         raise WaitingForLabels("\n".join(f"{name}: {needed}" for name, needed in waiting.items()))
 
 
-def _refuse_others(jobs: list[Job], out: str) -> None:
-    others = []
-    for job in jobs:
+def _begun(plan: Plan, out: str) -> Iterator[tuple[Job, Run]]:
+    """The runs of the plan's cells that are there."""
+    for job in plan.whole:
         uri = study.run_dir(out, job.cell, job.seed)
         if store.exists(store.join(uri, "run.json")):
-            try:
-                Run.open(uri).refuse_other(_on_pool(job, out).config)
-            except UserError as error:
-                others.append(str(error))
+            yield job, Run.open(uri)
+
+
+def _refuse_others(plan: Plan, out: str) -> None:
+    others = []
+    for job, run in _begun(plan, out):
+        config = _on_pool(job, out).config
+        if job not in plan.jobs:  # it may have more rounds than the others get now
+            config = config.model_copy(update={"rounds": max(config.rounds, run.config.rounds)})
+        try:
+            run.refuse_other(config)
+        except UserError as error:
+            others.append(str(error))
     if others:
         raise UserError("\n".join([*others, "a cell that was changed needs another name, or another --out"]))
 
 
 def _seeds(text: str | None) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")] if text else []
+        return list(dict.fromkeys(int(part) for part in text.split(","))) if text else []
     except ValueError:
         raise UserError(f"--seeds {text}: expected whole numbers, as in 0,1,2") from None
 
@@ -197,19 +213,20 @@ def _parallel(wanted: int | None, jobs: int) -> int:
 # ------------------------------------------------------------------------------------------------- what cells share
 
 
-def _pools(jobs: list[Job], out: str) -> dict[str, str]:
-    """Where the jobs' pools are, and their fingerprints: what they were when the experiment began, if they have grown.
+def _pools(plan: Plan, out: str) -> dict[str, str]:
+    """Where the pools are, and their fingerprints: what they were when the experiment began, if they have grown.
 
     Of data that are no pool yet, one is built for all jobs that have them and their seed.
     """
     path = store.join(out, study.RECORD)
     known = store.read_record(path, {}).get("pools", {}) if store.exists(path) else {}
-    for job in jobs:
-        uri = _on_pool(job, out).config.data.pool
-        if uri not in known:
-            data = job.config.data
-            known[uri] = (Pool.open(uri) if data.pool else pools.build(data, uri, job.seed)).fingerprint
-    return known
+    known |= {run.pool.uri: run.pool.fingerprint for _, run in _begun(plan, out)}
+    there = {}
+    for job in plan.jobs:
+        uri, data = _on_pool(job, out).config.data.pool, job.config.data
+        if uri not in there:
+            there[uri] = Pool.open(uri) if data.pool else pools.build(data, uri, job.seed)
+    return {uri: pool.fingerprint for uri, pool in there.items()} | known
 
 
 def _on_pool(job: Job, out: str) -> Job:
@@ -238,8 +255,10 @@ def _tasks(jobs: list[Job], pools_there: dict[str, str], out: str) -> list["Task
 
 def _start(job: Job, pool: str, out: str) -> "Task":
     """What makes the weights that all jobs of this pool, network, pretraining and seed begin with."""
-    config, same = job.config, configs.identity(job.config)
-    alike = (config.data.pool, config.image, config.model.name, config.model.dropout, same.pretrain)
+    config = job.config
+    # Workers may change while a training goes on, but are another training: what is shared is the same to the last bit.
+    pretrain = configs.identity(config).pretrain.model_copy(update={"workers": config.pretrain.workers})
+    alike = (config.data.pool, config.image, config.model.name, config.model.dropout, pretrain)
     name = f"seed-{job.seed:03d}-{_fingerprint([*map(_plain, alike)])}"
     uri = store.join(out, "starts", name)
     return Task(f"pretraining {name}", uri, 0, _do_start, (_start_config(config), pool, uri), None)
@@ -347,9 +366,11 @@ def _do_cell(config: Config, pool: str, uri: str, start: str | None, others: int
 @_task
 def _do_start(config: Config, pool: str, uri: str, others: int) -> None:
     session.share_with(others)
-    if store.exists(store.join(uri, "run.json")):  # begun for a cell whose taps or oracle, which change nothing here,
-        now = {name: getattr(config, name) for name in ("data", "train", "pretrain", "resources")}  # were others
-        config = Run.open(uri).config.model_copy(update=now)
+    if store.exists(store.join(uri, "run.json")):  # begun for another cell, whose taps or oracle change nothing here
+        there = Run.open(uri).config
+        now = {name: getattr(config, name) for name in ("train", "pretrain", "resources")}
+        now["data"] = there.data.model_copy(update={"max_rejects": config.data.max_rejects})
+        config = there.model_copy(update=now)
     with lease.held(uri):
         loop.do_round(Run.create_or_open(config, uri, _pool(config, pool)), 0)
 

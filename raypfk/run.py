@@ -147,6 +147,9 @@ class Run:
         if "passes" in self.strategy.given and self.members * self.passes.each < 2:
             wanted = "uncertainty.passes and a network with dropout (model.dropout), or uncertainty.members"
             raise UserError(f"strategy: {self.config.strategy!r} compares predictions of the same image: set {wanted}")
+        around = self.config.monte_carlo
+        if self.config.label_estimator.startswith("mc-") and not around.rotation and not around.noise:
+            raise UserError("monte_carlo: samples that are all the same tell no class: set `rotation` or `noise`")
         self._check_elsewhere()
 
     def _check_elsewhere(self) -> None:

@@ -1,7 +1,8 @@
 """Whether to go on, and whether to believe what a run says: a row for each round, and warnings in words.
 
-Everything is read from the run directory, and nothing of it is of the test set: what a run is stopped or changed by
-must not have seen what it is measured by. docs/trust.md says what each number means, and what it does not.
+Everything is read from the run directory, and nothing of it is of the test set, but for how many of its images could
+not be read: what a run is stopped or changed by must not have seen what it is measured by. docs/trust.md says what each
+number means, and what it does not.
 """
 
 from collections.abc import Iterable

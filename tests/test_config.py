@@ -252,11 +252,6 @@ def test_one_way_to_name_rare_classes(write, imbalance):
             assignments=(f"data.imbalance={imbalance}",))  # fmt: skip
 
 
-def test_samples_that_are_all_the_same_are_refused(write):
-    refused(write(MINIMAL), "monte_carlo: give a `rotation` or a `noise`",
-            assignments=("monte_carlo.rotation=0", "monte_carlo.noise=0"))  # fmt: skip
-
-
 def test_one_schedule(write):
     refused(write(MINIMAL), "train: give either `decay_every` or `milestones`",
             assignments=("train.decay_every=3", "train.milestones=[3]"))  # fmt: skip

@@ -165,6 +165,14 @@ def test_an_uncertainty_of_one_prediction_is_refused(pool, tmp_path):
             tiny.begin(tiny.config(data={"pool": pool}, strategy="bald", **passes), tmp_path / "run")
 
 
+def test_samples_that_are_all_the_same_are_refused(pool, tmp_path):
+    """By `mc-trace` every class would be as good as another; where no samples are drawn nobody minds."""
+    same = {"data": {"pool": pool}, "monte_carlo": {"rotation": 0, "noise": 0}}
+    with pytest.raises(UserError, match="monte_carlo: samples that are all the same tell no class"):
+        tiny.begin(tiny.config(label_estimator="mc-trace", **same), tmp_path / "run")
+    tiny.config(**same)
+
+
 @pytest.mark.parametrize("strategy", ["core-set", "badge", "similar"])
 def test_holders_choose_what_one_part_would(pool, tmp_path, strategy):
     """The second round's choice by actors is that of the mathematics on all of the pool's gradients at once."""

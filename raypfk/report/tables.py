@@ -81,7 +81,7 @@ def _saved(cell: Curves, baseline: Curves, rounds: int) -> list[str]:
     if not seeds:
         return [UNKNOWN] * 2
     both = [*cell.until(rounds, seeds), *baseline.until(rounds, seeds)]
-    n = "" if cell.seeds == baseline.seeds == seeds else f" (n {len(seeds)})"
+    n = "" if set(cell.seeds) == set(baseline.seeds) == set(seeds) else f" (n {len(seeds)})"
     found = saved(statistics.saved_at(both[-1][-1], *both)), saved(statistics.most_saved(*both), at=True)
     return [text if text == UNKNOWN else text + n for text in found]
 
