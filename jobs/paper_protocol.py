@@ -1,4 +1,4 @@
-"""What the paper's curves owe to the test set: rounds of S=`neighbour` in one process, without Ray.
+"""What the paper's curves owe to the test set: rounds of S=`neighbour`, or `pcc`, in one process, without Ray.
 
     python jobs/paper_protocol.py runs/choices/cells/S=neighbour/seed-00* --keep best --kernel pfk-sum
 
