@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -156,8 +156,9 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
     """
     out = loop.place(out)
     with lease.held(out):
-        _refuse_others(plan, out)
-        pools_there = _pools(plan, out)
+        begun = _begun(plan, out)
+        _refuse_others(plan, begun, out)
+        pools_there = _pools(plan, begun, out)
         record = plan.record | {"command": command, "pools": pools_there}
         store.write_json(store.join(out, study.RECORD), record)
         tasks = _tasks([_on_pool(job, out) for job in plan.jobs], pools_there, out)
@@ -172,17 +173,15 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
         raise WaitingForLabels("\n".join(f"{name}: {needed}" for name, needed in waiting.items()))
 
 
-def _begun(plan: Plan, out: str) -> Iterator[tuple[Job, Run]]:
+def _begun(plan: Plan, out: str) -> list[tuple[Job, Run]]:
     """The runs of the plan's cells that are there."""
-    for job in plan.whole:
-        uri = study.run_dir(out, job.cell, job.seed)
-        if store.exists(store.join(uri, "run.json")):
-            yield job, Run.open(uri)
+    places = [(job, study.run_dir(out, job.cell, job.seed)) for job in plan.whole]
+    return [(job, Run.open(uri)) for job, uri in places if store.exists(store.join(uri, "run.json"))]
 
 
-def _refuse_others(plan: Plan, out: str) -> None:
+def _refuse_others(plan: Plan, begun: list[tuple[Job, Run]], out: str) -> None:
     others = []
-    for job, run in _begun(plan, out):
+    for job, run in begun:
         config = _on_pool(job, out).config
         if job not in plan.jobs:  # it may have more rounds than the others get now
             config = config.model_copy(update={"rounds": max(config.rounds, run.config.rounds)})
@@ -213,14 +212,14 @@ def _parallel(wanted: int | None, jobs: int) -> int:
 # ------------------------------------------------------------------------------------------------- what cells share
 
 
-def _pools(plan: Plan, out: str) -> dict[str, str]:
+def _pools(plan: Plan, begun: list[tuple[Job, Run]], out: str) -> dict[str, str]:
     """Where the pools are, and their fingerprints: what they were when the experiment began, if they have grown.
 
     Of data that are no pool yet, one is built for all jobs that have them and their seed.
     """
     path = store.join(out, study.RECORD)
     known = store.read_record(path, {}).get("pools", {}) if store.exists(path) else {}
-    known |= {run.pool.uri: run.pool.fingerprint for _, run in _begun(plan, out)}
+    known |= {run.pool.uri: run.pool.fingerprint for _, run in begun}
     there = {}
     for job in plan.jobs:
         uri, data = _on_pool(job, out).config.data.pool, job.config.data

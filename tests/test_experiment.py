@@ -34,6 +34,10 @@ def files(folder, **fields) -> str:
     return str(path)
 
 
+def refuse(plan: experiment.Plan, out: str) -> None:
+    experiment._refuse_others(plan, experiment._begun(plan, out), out)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, ray_session):
     """(directory, plan, error) of the experiment of `files`, run to its end."""
@@ -123,11 +127,11 @@ def test_a_cell_that_was_changed_is_refused_before_anything_is_done(done, tmp_pa
     ]
     starts = [experiment._start(experiment._on_pool(p.jobs[0], out), "", out).uri for p in (same, plan)]
     assert starts[0] == starts[1]
-    experiment._refuse_others(same, out)
+    refuse(same, out)
     cells = {**CELLS, "random": {"set": {"strategy": "random", "train.epochs": 9}}}
     apart = experiment.load(files(tmp_path, cells=cells), {"budget": 99}, only=("too fast",), seeds="5")
     with pytest.raises(UserError, match="too_fast/seed-003 holds another run: budget: 12 there, 99 now"):
-        experiment._refuse_others(apart, out)  # and nothing about `random`, which was not asked for
+        refuse(apart, out)  # and nothing about `random`, which was not asked for
 
 
 def test_a_seed_that_is_not_asked_for_may_have_more_rounds(done, tmp_path):
@@ -135,9 +139,9 @@ def test_a_seed_that_is_not_asked_for_may_have_more_rounds(done, tmp_path):
     path = os.path.join(study.run_dir(out, "random", 3), "run.json")
     record = store.read_json(path)
     store.write_json(path, record | {"config": record["config"] | {"rounds": 2}})
-    experiment._refuse_others(experiment.load(files(tmp_path), {}, only=("random",), seeds="4"), out)
+    refuse(experiment.load(files(tmp_path), {}, only=("random",), seeds="4"), out)
     with pytest.raises(UserError, match="rounds: 2 there, 1 now"):
-        experiment._refuse_others(experiment.load(files(tmp_path), {}, only=("random",), seeds="3"), out)
+        refuse(experiment.load(files(tmp_path), {}, only=("random",), seeds="3"), out)
     store.write_json(path, record)
 
 
