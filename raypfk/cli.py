@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a failure, 2 the user's mistake, 130 interrupted, 143 stop
 """
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -52,7 +53,7 @@ def run(config_argument, config_option, out, assignments, verbose, **overrides):
         raise click.UsageError("expected one configuration: raypfk run CONFIG.yaml --out DIR")
     config = configs.load(config_argument or config_option, overrides, configs.assigned(assignments))
     with session.ray_session(verbose):
-        loop.run(config, out)
+        loop.run(config, out, _command_line())
     status.show(status.with_trust(status.read(out)))
 
 
@@ -60,7 +61,7 @@ def run(config_argument, config_option, out, assignments, verbose, **overrides):
 @click.argument("path", metavar="EXPERIMENT", type=click.Path())
 @click.option("--out", required=True, help="The experiment's directory: a local path or s3://bucket/key.")
 @click.option("--cell", "only", multiple=True, help="Only these cells; may be given several times.")
-@click.option("--seeds", help="These seeds in place of the file's: 0,1,2.")
+@click.option("--seeds", help="These seeds in place of the file's: 0,1,2; runs of others stay.")
 @click.option(
     "--parallel", type=click.IntRange(min=1), help="Runs at a time.  [default: the file's, or one per GPU, or core]"
 )
@@ -88,7 +89,7 @@ def demo(out, verbose):
     from raypfk import session
 
     with session.ray_session(verbose):
-        demonstration.demo(out)
+        demonstration.demo(out, _command_line())
 
 
 @cli.command("status")
@@ -194,6 +195,7 @@ for _command in (extract, score, acquire, label, train, evaluate):
 def run_command(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command as the program: one clear message on stderr and an exit code, whatever happens."""
     verbose = "--verbose" in (sys.argv if args is None else args)
+    sys.path.append(os.getcwd())  # `strategy: mine:surprised` is in mine.py here, whatever the program lies in
     terminated = _hear_sigterm()
     try:
         code = command.main(args, standalone_mode=False)

@@ -16,7 +16,7 @@ from raypfk.study import Study
 STRATEGIES = ("pfk", "random")
 
 
-def demo(out: str) -> None:
+def demo(out: str, command: str | None = None) -> None:
     """Run configs/digits.yaml with each strategy on one pool under `out`; print a table, write accuracy.png."""
     start = time.perf_counter()
     out = store.absolute(out)
@@ -28,7 +28,7 @@ def demo(out: str) -> None:
     for strategy in STRATEGIES:
         progress.current().say(f"{strategy}:")
         settings = config.model_copy(update={"data": data, "strategy": strategy})
-        runs[strategy] = loop.run(settings, store.join(out, strategy))
+        runs[strategy] = loop.run(settings, store.join(out, strategy), command)
     _table({strategy: status.read(run.uri) for strategy, run in runs.items()})
     plot = store.join(out, "accuracy.png")
     store.write_bytes(plot, _plot(out, list(runs.values())))
@@ -36,7 +36,7 @@ def demo(out: str) -> None:
 
 
 def _plot(out: str, runs: list[Run]) -> bytes:
-    compared = Study(out, "demo", None, [study.alone(run) for run in runs])
+    compared = Study(out, "demo", None, None, [study.alone(run) for run in runs])
     curves = gather.curves(compared, study.table(compared))
     title = "Digits, classes 5 to 9 ten times rarer in the pool:\ntest accuracy (%)"
     look = figures.looks([cell.name for cell in curves])

@@ -108,11 +108,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run. record: experiment.json. jobs: these now. whole: the same cells on all seeds in the record."""
+    """What is to be run. record: experiment.json. jobs: these now. cells: those that they are of. job: any of a cell
+    and a seed."""
 
     record: dict[str, Any]
     jobs: list[Job]
-    whole: list[Job]
+    cells: list[str]
+    job: Callable[[str, int], Job]
     parallel: int | None
     retries: int
 
@@ -120,7 +122,7 @@ class Plan:
 def load(path: str, settings: dict[str, Any], only: tuple[str, ...] = (), seeds: str | None = None) -> Plan:
     """Read an experiment's YAML file, and validate the configuration of each run of it.
 
-    settings: fields of all runs, over the file's. only, seeds: cells and seeds to run, all if empty.
+    settings: fields of all runs, over the file's. only, seeds: cells and seeds to run, the file's if empty.
     """
     experiment = configs.checked(ExperimentConfig, configs.read_tree(path), path)
     base = experiment.base if os.path.isabs(experiment.base) else os.path.join(os.path.dirname(path), experiment.base)
@@ -128,23 +130,22 @@ def load(path: str, settings: dict[str, Any], only: tuple[str, ...] = (), seeds:
     for name in only:
         if name not in cells:
             raise UserError(f"--cell {name}: expected one of {', '.join(map(repr, cells))} of {path}")
-    asked, all_seeds = {name: cells[name] for name in only or cells}, sorted({*experiment.seeds, *chosen})
-    whole = {
-        (name, seed): Job(name, seed, configs.load(base, {"seed": seed}, experiment.set, cell.set, settings))
-        for name, cell in asked.items()
-        for seed in cell.seeds or all_seeds
-    }
+    asked = list(only or cells)
+    seeds_of = {name: [s for s in chosen if cell.seeds is None or s in cell.seeds] for name, cell in cells.items()}
+
+    def job(name: str, seed: int) -> Job:
+        return Job(name, seed, configs.load(base, {"seed": seed}, experiment.set, cells[name].set, settings))
+
     # Seed by seed: what can be compared is complete early.
-    jobs = [whole[name, seed] for seed in chosen for name in asked if (name, seed) in whole]
+    jobs = [job(name, seed) for seed in chosen for name in asked if seed in seeds_of[name]]
     if not jobs:
         raise UserError(f"--seeds {seeds}: none is among the seeds of {', '.join(map(repr, asked))} in {path}")
     record = {
         "title": experiment.title,
         "figure": experiment.figure,
-        "seeds": all_seeds,
-        "cells": {name: cell.model_dump(include={"published", "seeds"}) for name, cell in cells.items()},
+        "cells": {name: {"published": cell.published, "seeds": seeds_of[name]} for name, cell in cells.items()},
     }
-    return Plan(record, jobs, [*whole.values()], experiment.parallel, experiment.retries)
+    return Plan(record, jobs, asked, job, experiment.parallel, experiment.retries)
 
 
 def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
@@ -161,7 +162,7 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
         pools_there = _pools(plan, begun, out)
         record = plan.record | {"command": command, "pools": pools_there}
         store.write_json(store.join(out, study.RECORD), record)
-        tasks = _tasks([_on_pool(job, out) for job in plan.jobs], pools_there, out)
+        tasks = _tasks([_on_pool(job, out) for job in plan.jobs], pools_there, out, command)
         parallel = _parallel(parallel, len(plan.jobs))
         failed, waiting = _side_by_side(
             tasks, parallel, plan.retries, lambda: study.write_results(study.open_study(out))
@@ -174,16 +175,19 @@ def run(plan: Plan, out: str, parallel: int | None, command: str) -> None:
 
 
 def _begun(plan: Plan, out: str) -> list[tuple[Job, Run]]:
-    """The runs of the plan's cells that are there."""
-    places = [(job, study.run_dir(out, job.cell, job.seed)) for job in plan.whole]
-    return [(job, Run.open(uri)) for job, uri in places if store.exists(store.join(uri, "run.json"))]
+    """The runs of the plan's cells that are there, whichever seeds are asked for now."""
+    return [
+        (plan.job(name, seed), Run.open(study.run_dir(out, name, seed)))
+        for name in plan.cells
+        for seed in study.seeds_of(out, name)
+    ]
 
 
 def _refuse_others(plan: Plan, begun: list[tuple[Job, Run]], out: str) -> None:
     others = []
     for job, run in begun:
         config = _on_pool(job, out).config
-        if job not in plan.jobs:  # it may have more rounds than the others get now
+        if job not in plan.jobs:  # its run may have more rounds than the others get now
             config = config.model_copy(update={"rounds": max(config.rounds, run.config.rounds)})
         try:
             run.refuse_other(config)
@@ -238,7 +242,7 @@ def _on_pool(job: Job, out: str) -> Job:
     return replace(job, config=job.config.model_copy(update={"data": data.of_pool(uri)}))
 
 
-def _tasks(jobs: list[Job], pools_there: dict[str, str], out: str) -> list["Task"]:
+def _tasks(jobs: list[Job], pools_there: dict[str, str], out: str, command: str) -> list["Task"]:
     """A task for each job, and before the first that needs it one for the pretraining that jobs share."""
     tasks: dict[str, Task] = {}
     for job in jobs:
@@ -247,7 +251,7 @@ def _tasks(jobs: list[Job], pools_there: dict[str, str], out: str) -> list["Task
         start = _start(job, pool, out) if job.config.pretrain and not begun else None
         if start:
             tasks.setdefault(start.name, start)
-        given = (job.config, pool, uri, start.uri if start else None)
+        given = (job.config, pool, uri, command, start.uri if start else None)
         tasks[str(job)] = Task(str(job), uri, job.config.rounds, _do_cell, given, start.name if start else None)
     return list(tasks.values())
 
@@ -357,9 +361,9 @@ _task = ray.remote(num_cpus=1, max_calls=1, max_retries=0, scheduling_strategy="
 
 
 @_task
-def _do_cell(config: Config, pool: str, uri: str, start: str | None, others: int) -> None:
+def _do_cell(config: Config, pool: str, uri: str, command: str, start: str | None, others: int) -> None:
     session.share_with(others)
-    loop.run(config, uri, Run.open(start) if start else None, _pool(config, pool))
+    loop.run(config, uri, command, Run.open(start) if start else None, _pool(config, pool))
 
 
 @_task

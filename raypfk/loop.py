@@ -26,17 +26,19 @@ STAGES: dict[str, Callable[[Run, int], dict]] = {
 }
 
 
-def run(config: Config, out: str, start: Run | None = None, pool: Pool | None = None) -> Run:
+def run(
+    config: Config, out: str, command: str | None = None, start: Run | None = None, pool: Pool | None = None
+) -> Run:
     """Do a whole run, or what is left of it. Raises UserError if `out` holds another run.
 
-    start: if given, a run of the same pool, network, pretraining and seed, whose round 0 this one adopts. pool: if
-    given, `data.pool` as it is to be, which may have grown since.
+    command: what asked for it, as the report says. start: if given, a run of the same pool, network, pretraining and
+    seed, whose round 0 this one adopts. pool: if given, `data.pool` as it is to be, which may have grown since.
     """
     out = place(out)
     if store.exists(store.join(out, "run.json")):
         Run.open(out).refuse_other(config)  # before a pool is built that this run will not use
     with lease.held(out):
-        this = Run.create_or_open(config, out, pool or open_pool(config, out))
+        this = Run.create_or_open(config, out, pool or open_pool(config, out), command)
         if not this.done(0, "train"):
             for text in trust.at_start(this):
                 progress.current().say(f"warning: {text}")

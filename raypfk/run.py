@@ -19,6 +19,7 @@ from raypfk.errors import UserError
 from raypfk.models import Architecture
 from raypfk.pfk import Kernel, McDropout
 from raypfk.pool import Pool
+from raypfk.rehearsal import rehearse
 from raypfk.schema import LABELS, RoundDir
 from raypfk.stages import pool as stage
 from raypfk.strategies import Strategy
@@ -61,7 +62,8 @@ class Estimation(NamedTuple):
 class Run:
     """An open run directory.
 
-    uri: local path or URI. id: random, made once; every file of the run carries it. classes: D.
+    uri: local path or URI. id: random, made once; every file of the run carries it. classes: D. command: what it was
+    begun, or last gone on with, by; None if nobody wrote it down.
     """
 
     uri: str
@@ -70,21 +72,22 @@ class Run:
     pool: Pool
     image: ImageSpec
     classes: int
+    command: str | None = None
 
     @classmethod
-    def create_or_open(cls, config: Config, uri: str, pool: Pool) -> "Run":
+    def create_or_open(cls, config: Config, uri: str, pool: Pool, command: str | None = None) -> "Run":
         """The run at `uri`: made now, or gone on with. UserError that names the field if it is another run."""
         uri = store.absolute(uri)
         path = store.join(uri, "run.json")
         if store.exists(path):
             run = cls.open(uri, pool)
             run.refuse_other(config)
-            _write(run.uri, run.id, config, run.pool)  # rounds may have grown
+            _write(run.uri, run.id, config, run.pool, command or run.command)  # rounds may have grown
             return cls.open(uri, run.pool)
-        run = cls(uri, uuid.uuid4().hex, config, pool, _image_spec(config, pool), pool.num_classes)
+        run = cls(uri, uuid.uuid4().hex, config, pool, _image_spec(config, pool), pool.num_classes, command)
         _check(config, pool)
         run.check()
-        _write(uri, run.id, config, pool)
+        _write(uri, run.id, config, pool, command)
         return run
 
     @classmethod
@@ -100,7 +103,8 @@ class Run:
         store.require(path, record["pool"], {"uri": str, "fingerprint": str})
         config = configs.validate(record["config"], path)
         pool = (pool or Pool.open(record["pool"]["uri"])).as_of(record["pool"]["fingerprint"], f"{uri} was begun on")
-        return cls(uri, record["id"], config, pool, _image_spec(config, pool), pool.num_classes)
+        spec, command = _image_spec(config, pool), record.get("command")
+        return cls(uri, record["id"], config, pool, spec, pool.num_classes, command)
 
     def refuse_other(self, config: Config) -> None:
         """UserError that names the fields in which `config` is another run than this one."""
@@ -141,9 +145,8 @@ class Run:
 
     def check(self) -> None:
         """UserError for a model, a tap or a strategy that cannot be, before anything is written."""
-        self.lengths, self.strategy  # noqa: B018
-        if self.strategy.kind == "gradients":
-            self.last_layer_inputs  # noqa: B018
+        inputs = self.last_layer_inputs if self.strategy.kind == "gradients" else 0
+        rehearse(self.strategy, self.lengths, self.config.scale_weight, self.classes, inputs)
         if "passes" in self.strategy.given and self.members * self.passes.each < 2:
             wanted = "uncertainty.passes and a network with dropout (model.dropout), or uncertainty.members"
             raise UserError(f"strategy: {self.config.strategy!r} compares predictions of the same image: set {wanted}")
@@ -161,6 +164,7 @@ class Run:
             return
         if other.kind != "chance":
             raise UserError(f"elsewhere.strategy: expected random or another by chance, found {other.name!r}")
+        rehearse(other, self.lengths, self.config.scale_weight, self.classes, 0)
         if "classes" in other.given and not self.estimates:
             estimates = f"{self.config.strategy!r} estimates none"
             raise UserError(f"elsewhere.strategy: {other.name!r} draws by estimated labels, and strategy {estimates}")
@@ -274,13 +278,14 @@ def open_pool(config: Config, uri: str) -> Pool:
     return stage.build(config.data, store.join(store.absolute(uri), "pool"), config.seed)
 
 
-def _write(uri: str, run_id: str, config: Config, pool: Pool) -> None:
+def _write(uri: str, run_id: str, config: Config, pool: Pool, command: str | None) -> None:
     versions = {"raypfk": raypfk.__version__, "python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in ("ray", "torch", "torchvision", "pyarrow")}
     record = {
         "format": FORMAT,
         "id": run_id,
         "seed": config.seed,
+        "command": command,
         "versions": versions,
         "pool": {"uri": pool.uri, "fingerprint": pool.fingerprint},
         "config": config.model_dump(),

@@ -1,9 +1,11 @@
 """What is compared: runs by cell and seed, of an experiment's directory, or a run alone; and their table of results.
 
-An experiment's directory holds experiment.json (title, figure, seeds, cells), pools/ and starts/ (pools and initial
-weights that cells share), cells/CELL/seed-000/ (run directories), and results.parquet and results.csv (`table`).
+An experiment's directory holds experiment.json (title, figure, and of each cell the seeds that were asked for last),
+pools/ and starts/ (pools and initial weights that cells share), cells/CELL/seed-000/ (run directories), and
+results.parquet and results.csv (`table`).
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,8 +26,8 @@ TABLE = pa.schema([pa.field("cell", pa.string()), pa.field("seed", pa.int64()), 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seed alone. seeds: those that it is to be run on. published: the name of its curve
-    among the paper's, if it has one."""
+    """Runs that differ in their seed alone. seeds: those that it has, or was asked for. published: the name of its
+    curve among the paper's, if it has one."""
 
     name: str
     seeds: list[int]
@@ -35,12 +37,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """uri: where it lies. figure: whose published curves are drawn beside, if any. missing: of the runs, (cell, seed)
-    of those that are not begun."""
+    """uri: where it lies. figure: whose published curves are drawn beside, if any. command: what its runs were asked
+    for by, if that is known. missing: of the runs, (cell, seed) of those that are not begun."""
 
     uri: str
     title: str
     figure: str | None
+    command: str | None
     cells: list[Cell]
     missing: list[tuple[str, int]] = field(default_factory=list)
 
@@ -54,22 +57,20 @@ def open_study(uri: str) -> Study:
     """An experiment's directory, or a run's: a study of one cell. UserError where neither is."""
     uri = store.absolute(uri)
     if store.exists(store.join(uri, "run.json")):
-        return Study(uri, uri.rpartition("/")[2], None, [alone(Run.open(uri))])
+        run = Run.open(uri)
+        return Study(uri, uri.rpartition("/")[2], None, run.command, [alone(run)])
     path = store.join(uri, RECORD)
     if not store.exists(path):
         raise UserError(f"{uri}: no run and no experiment here ({RECORD} and run.json are missing)")
-    record = store.read_record(path, {"title": str, "seeds": list, "cells": dict})
+    record = store.read_record(path, {"title": str, "cells": dict})
     cells, missing = [], []
     for name, facts in record["cells"].items():
-        cell = Cell(name, facts.get("seeds") or record["seeds"], facts.get("published"))
-        for seed in cell.seeds:
-            place = run_dir(uri, name, seed)
-            if store.exists(store.join(place, "run.json")):
-                cell.runs[seed] = Run.open(place)
-            else:
-                missing.append((name, seed))
-        cells.append(cell)
-    return Study(uri, record["title"], record.get("figure"), cells, missing)
+        store.require(path, facts, {"seeds": list})
+        begun = seeds_of(uri, name)
+        runs = {seed: Run.open(run_dir(uri, name, seed)) for seed in begun}
+        cells.append(Cell(name, sorted({*facts["seeds"], *begun}), facts.get("published"), runs))
+        missing += [(name, seed) for seed in facts["seeds"] if seed not in runs]
+    return Study(uri, record["title"], record.get("figure"), record.get("command"), cells, missing)
 
 
 def alone(run: Run) -> Cell:
@@ -80,7 +81,18 @@ def alone(run: Run) -> Cell:
 
 def run_dir(uri: str, cell: str, seed: int) -> str:
     """Where an experiment has the run of a cell and a seed."""
-    return store.join(uri, "cells", folder(cell), f"seed-{seed:03d}")
+    return store.join(_cell_dir(uri, cell), f"seed-{seed:03d}")
+
+
+def seeds_of(uri: str, cell: str) -> list[int]:
+    """Those that runs of an experiment's cell are begun on, in order."""
+    named = (re.fullmatch(r"seed-(\d+)", entry.path) for entry in store.entries(_cell_dir(uri, cell)))
+    seeds = sorted(int(found[1]) for found in named if found)
+    return [seed for seed in seeds if store.exists(store.join(run_dir(uri, cell, seed), "run.json"))]
+
+
+def _cell_dir(uri: str, cell: str) -> str:
+    return store.join(uri, "cells", folder(cell))
 
 
 def folder(cell: str) -> str:

@@ -89,8 +89,8 @@ def experiment(
     uri: str, of: Pool, accuracies: dict[str, dict[int, Sequence[float]]], seeds: list[int], **record
 ) -> str:
     """Cells named for their strategy, each with the runs of `accuracies`; seeds: those that were to be."""
-    cells = {name: {} for name in accuracies}
-    store.write_json(store.join(uri, study.RECORD), {"title": "A & B", "seeds": seeds, "cells": cells} | record)
+    cells = {name: {"seeds": seeds} for name in accuracies}
+    store.write_json(store.join(uri, study.RECORD), {"title": "A & B", "cells": cells} | record)
     for name, by_seed in accuracies.items():
         for seed, of_rounds in by_seed.items():
             run(study.run_dir(uri, name, seed), of, name, seed, of_rounds)

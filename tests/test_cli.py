@@ -12,11 +12,12 @@ import pytest
 import yaml
 from ray.exceptions import RayTaskError
 
-from raypfk import __version__, cli, store
+from raypfk import __version__, cli, loop, store
 from raypfk.errors import RunError, UserError
 from raypfk.lease import Lost
 from raypfk.rejects import TooMany
 from raypfk.retry import GaveUp
+from raypfk.run import Run
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,23 @@ def test_a_relative_place_in_a_job_is_refused(call, ray_session, monkeypatch, ya
     for command in (("run", yaml_file), ("experiment", ROOT / "configs/experiments/digits.yaml")):
         code, _, err = call(*command, "--out", "runs/x")
         assert code == 2 and "give an absolute path or a URI" in err
+
+
+def test_ones_own_strategy_lies_in_the_current_folder(call, ray_session, monkeypatch, yaml_file, tmp_path):
+    (tmp_path / "lies_here.py").write_text("def bare(logits):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code, _, err = call("run", yaml_file, "--out", "run", "--strategy", "lies_here:bare")
+    assert code == 2 and "strategy: 'lies_here:bare': expected a function under by_kernel" in err
+
+
+def test_a_run_knows_what_began_it(call, ray_session, monkeypatch, yaml_file, tmp_path):
+    """Its report names that command."""
+    args = ["run", str(yaml_file), "--out", str(tmp_path / "a run")]
+    monkeypatch.setattr(sys, "argv", ["raypfk", *args])
+    monkeypatch.setattr(loop, "do_round", lambda run, number: None)
+    assert call(*args)[0] == 0
+    assert Run.open(str(tmp_path / "a run")).command == f"raypfk run {yaml_file} --out '{tmp_path}/a run'"
 
 
 def test_what_a_laptop_lacks_is_said(call, ray_session, yaml_file, tmp_path):

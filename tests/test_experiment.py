@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pyarrow.csv
 import pytest
+import ray
 import yaml
 
 from raypfk import config as configs
@@ -61,7 +62,7 @@ def test_a_cell_is_the_run_it_would_be_alone(done, tmp_path):
 
 
 def test_one_failure_stops_nobody_else(done):
-    """A diverging cell is tried again and named with its reason; the others are in the results, all columns filled."""
+    """A diverging cell is named with its reason; the others are in the results, all columns filled."""
     out, _, error = done
     assert error.startswith("1 of 4 tasks failed") and "too fast, seed 3: " in error and "diverged" in error
     rows = study.table(study.open_study(out)).to_pylist()
@@ -74,6 +75,24 @@ def test_one_failure_stops_nobody_else(done):
         assert 0 <= pfk[share] <= 1
     assert rows[0]["minority_share"] is not None and rows[0]["pool_estimates"] is None
     assert pfk["forward"] == pfk["backward"] == 300 + Run.open(study.run_dir(out, "pfk, votes", 3)).pool.rows("pool")
+
+
+@pytest.mark.parametrize("retries, tries", [(0, 1), (1, 2), (5, 3)])
+def test_a_failed_task_is_tried_again(ray_session, tmp_path, retries, tries):
+    """As often as `retries` says, or until it succeeds: here the third time."""
+    log = tmp_path / "tries"
+
+    @ray.remote
+    def third_time_lucky(others: int) -> None:
+        with open(log, "a") as file:
+            file.write("x")
+        if log.stat().st_size < 3:
+            raise RunError("not yet")
+
+    task = experiment.Task("lucky", str(tmp_path), 0, third_time_lucky, (), None)
+    failed, waiting = experiment._side_by_side([task], 1, retries, lambda: None)
+    assert log.stat().st_size == tries and not waiting
+    assert {name: str(error) for name, error in failed.items()} == ({} if tries == 3 else {"lucky": "not yet"})
 
 
 def test_results_are_files(done):
@@ -189,13 +208,14 @@ def test_a_pool_that_grows_is_taken_as_it_was(ray_session, tmp_path):
         train.adopt(other, first)
 
 
-def test_an_unfinished_experiment_says_what_is_missing(done):
+def test_an_unfinished_experiment_says_what_is_missing(done, tmp_path):
     out, plan, _ = done
-    record = {**plan.record, "seeds": [3, 4]}
-    store.write_json(store.join(out, study.RECORD), record)
+    store.write_json(store.join(out, study.RECORD), experiment.load(files(tmp_path), {}, seeds="4,5").record)
     found = study.open_study(out)
     store.write_json(store.join(out, study.RECORD), plan.record)
-    assert found.missing == [("random", 4), ("pfk, votes", 4), ("too fast", 4)]
+    assert found.missing == [(cell, seed) for cell in CELLS for seed in (4, 5)]
+    assert [cell.seeds for cell in found.cells] == [[3, 4, 5]] * 3  # of the seed that was asked for before is all there
+    assert study.table(found).equals(study.table(study.open_study(out)))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +250,8 @@ def test_what_is_to_be_run_can_be_chosen(tmp_path):
     assert [(job.cell, job.seed) for job in plan.jobs] == [
         ("random", 1), ("too fast", 1), ("random", 7), ("too fast", 7),
     ]  # fmt: skip
-    assert {job.config.rounds for job in plan.jobs} == {5} and plan.record["seeds"] == [0, 1, 7]
+    assert {job.config.rounds for job in plan.jobs} == {5}
+    assert {name: cell["seeds"] for name, cell in plan.record["cells"].items()} == {name: [1, 7] for name in CELLS}
     with pytest.raises(UserError, match="--cell pfk: expected one of 'random'"):
         experiment.load(path, {}, ("pfk",))
     with pytest.raises(UserError, match="--seeds x: expected whole numbers"):
@@ -238,7 +259,7 @@ def test_what_is_to_be_run_can_be_chosen(tmp_path):
 
 
 def test_a_dear_cell_may_be_run_on_some_seeds(tmp_path):
-    """Nothing is missing of the others, whichever are asked for."""
+    """And is not missing on the others, whichever are asked for."""
     path = files(tmp_path, seeds=[0, 1], cells={"random": CELLS["random"], "dear": {**CELLS["random"], "seeds": [1]}})
     assert [(job.cell, job.seed) for job in experiment.load(path, {}).jobs] == [
         ("random", 0), ("random", 1), ("dear", 1),
@@ -246,8 +267,7 @@ def test_a_dear_cell_may_be_run_on_some_seeds(tmp_path):
     plan = experiment.load(path, {}, (), "1,7")
     assert [(job.cell, job.seed) for job in plan.jobs] == [("random", 1), ("dear", 1), ("random", 7)]
     store.write_json(str(tmp_path / "out" / study.RECORD), plan.record)
-    missing = [("random", 0), ("random", 1), ("random", 7), ("dear", 1)]
-    assert study.open_study(str(tmp_path / "out")).missing == missing
+    assert study.open_study(str(tmp_path / "out")).missing == [("random", 1), ("random", 7), ("dear", 1)]
     with pytest.raises(UserError, match="--seeds 7: none is among the seeds of 'dear'"):
         experiment.load(path, {}, ("dear",), "7")
 

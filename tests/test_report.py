@@ -70,12 +70,8 @@ def finished(tmp_path_factory, pool) -> str:
     """The page on a finished experiment of two cells."""
     folder = str(tmp_path_factory.mktemp("studies") / "finished")
     record = {"figure": "4b", "command": "raypfk experiment x.yaml"}
-    studies.experiment(folder, pool, {"pfk": KERNEL, "random": CHANCE}, [1, 2], **record)
-    store.write_json(
-        f"{folder}/experiment.json",
-        store.read_json(f"{folder}/experiment.json")
-        | {"cells": {"pfk": {"published": "PFK S=phat L80"}, "random": {}}},
-    )
+    cells = {"pfk": {"published": "PFK S=phat L80", "seeds": [1, 2]}, "random": {"seeds": [1, 2]}}
+    studies.experiment(folder, pool, {"pfk": KERNEL, "random": CHANCE}, [1, 2], cells=cells, **record)
     return report.write(folder, None, "raypfk report 'a b'")
 
 
@@ -202,7 +198,10 @@ def test_a_run_alone_and_what_is_not_known(tmp_path, pool):
     for number in (1, 2):
         path = run.round(number).metrics
         store.write_json(path, store.read_json(path) | {"monitored": None})
+    record = f"{run.uri}/run.json"
+    store.write_json(record, store.read_json(record) | {"command": "raypfk run x.yaml --out y"})
     page = Page(report.write(run.uri, None, "raypfk report"))
+    assert "raypfk run x.yaml --out y" in page.text and "not recorded" not in page.text
     assert page.column("accuracy, last epoch") == ["75.0 %"]
     assert page.column("best on test (as published)") == ["not known"]
     assert "Significance" not in page.text and "baseline" not in page.text

@@ -12,8 +12,8 @@ import torch
 
 from raypfk import descriptor_files, loop, models, pfk, store, strategies
 from raypfk.errors import UserError
+from raypfk.pfk import Kernel, uncertainty
 from raypfk.pfk import greedy as parts
-from raypfk.pfk import uncertainty
 from raypfk.run import Run
 from raypfk.schema import LABELS, SCORES, SELECTION, last_layers
 from raypfk.stages import extract, greedy
@@ -259,6 +259,33 @@ def test_ones_own_strategy_needs_no_change_here(pool, tmp_path, monkeypatch):
     place = "tests.own_strategy:most_alike"
     run = start(pool, tmp_path / "run", place)
     assert len(select(run)) == 12 and run.strategy.name == place
+
+
+@pytest.mark.parametrize(
+    ("decorated", "message"),
+    [
+        (strategies.by_kernel(lambda lengths, weight: "pfk"), "expected a pfk.Kernel of the lengths .*, found str"),
+        (strategies.by_kernel(lambda lengths, weight: Kernel("pfk", (1,))), "of the lengths .*found Kernel"),
+        (
+            strategies.by_kernel(lambda lengths, weight: Kernel("pfk", lengths, (1.0,))),
+            "ValueError: expected . weights",
+        ),
+        (strategies.by_predictions()(lambda logits: logits.mean(0)), r"\(N,\), found Tensor \(3, 10\) torch.float32"),
+        (strategies.by_predictions()(lambda logits: logits.mean(0).argmax(1)), r"found Tensor \(3,\) torch.int64"),
+        (strategies.by_gradients()(lambda vectors, keys, salts: vectors), "a pfk.greedy.Part, found LastLayer"),
+        (strategies.by_gradients("misses")(lambda vectors, keys, salts: 1), "TypeError: .*'misses'"),
+        (strategies.by_adversary(lambda logits: 1 / 0), "ZeroDivisionError: division by zero"),
+        (strategies.by_chance("classes")(lambda counts: counts), "a weight for each class.*torch.int64"),
+    ],
+)
+def test_ones_own_strategy_is_rehearsed(pool, tmp_path, monkeypatch, decorated, message):
+    """Before anything is done: one that fails, or returns something else, is refused by its name."""
+    module = type(sys)("somebodys")
+    module.own = decorated
+    monkeypatch.setitem(sys.modules, "somebodys", module)
+    with pytest.raises(UserError, match=f"strategy: 'somebodys:own': .*{message}"):
+        start(pool, tmp_path / "run", "somebodys:own")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def _facts(opened: Study, cells: list[Curves]) -> dict[str, str]:
     return {
         "Data": f"{_source(runs[0])}, {runs[0].classes} classes; {sizes['pool']} images in the pool, "
         f"{sizes['test']} in the test set",
-        "Imbalance": _imbalance(runs[0]),
+        "Imbalance": _imbalance(runs),
         "Labels": f"{budget} a round for {rounds} rounds, {bought} bought so far; beside them {sizes['validation']} "
         "labels of the validation set, which were there before the first round",
         "Network": models,
@@ -150,7 +150,9 @@ def _source(run: Run) -> str:
     return data["source"] + (f" ({data['root']})" if data.get("root") else "")
 
 
-def _imbalance(run: Run) -> str:
+def _imbalance(runs: list[Run]) -> str:
+    run, one = runs[0], len({str(run.pool.manifest["imbalance"]) for run in runs}) == 1
+    where = "pool" if one else "first run's pool"
     made, names = run.pool.manifest["imbalance"], gather.class_names(run)
     rare = rare_classes(run)
     if not made or not rare:
@@ -158,7 +160,7 @@ def _imbalance(run: Run) -> str:
     which = ", ".join(names[label] for label in rare) if len(rare) <= figures.FEW else f"{len(rare)} of {len(names)}"
     ratio = (run.pool.manifest["data"]["imbalance"] or {}).get("ratio")
     return (f"{ratio:g}x: " if ratio else "") + (
-        f"of the classes {which} together {count(made.get('rare_kept'))} images are in the pool, "
+        f"of the classes {which} together {count(made.get('rare_kept'))} images are in the {where}, "
         f"of all others {count(made.get('others'))}"
     )
 
@@ -306,13 +308,11 @@ def _made(opened: Study, command: str) -> Made | None:
     runs = {cell.name: next(iter(cell.runs.values())) for cell in opened.cells if cell.runs}
     if not runs:
         return None
-    record = store.join(opened.uri, study.RECORD)
-    began = store.read_json(record).get("command") if store.exists(record) else None
     (name, first), *others = runs.items()
     records = [store.read_json(store.join(run.uri, "run.json")) for _, _, run in opened.runs()]
     versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in r.get("versions", {}).items()) for r in records)
     return Made(
-        [("the runs", began), ("this page", command)],
+        [("the runs", opened.command), ("this page", command)],
         list(versions),
         name,
         yaml.safe_dump(first.config.model_dump(mode="json"), sort_keys=False),
