@@ -339,6 +339,13 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     resources: ResourcesConfig = ResourcesConfig()
 
+    @field_validator("pretrain")
+    @classmethod
+    def _rotations(cls, pretrain: TrainConfig | None) -> TrainConfig | None:
+        if pretrain and (asked := [name for name in ("balanced", "monitor") if getattr(pretrain, name)]):
+            raise ValueError(f"`{asked[0]}` goes with `train` only: rotations are learnt without labels")
+        return pretrain
+
     @field_validator("strategy")
     @classmethod
     def _known(cls, name: str) -> str:

@@ -31,6 +31,7 @@ RESULTS = pa.schema(
         ("after_dropout", pa.int64()),
         ("train_forward", pa.int64()),
         ("train_backward", pa.int64()),
+        ("monitor_forward", pa.int64()),  # beside them, of test images: what best_epoch_accuracy costs
         ("acquire_seconds", pa.float64()),
         ("train_seconds", pa.float64()),
     ]
@@ -57,6 +58,7 @@ def _costs(run: Run, number: int) -> dict:
     return passes | {
         "train_forward": markers["train"].get("forward"),
         "train_backward": markers["train"].get("backward"),
+        "monitor_forward": markers["train"].get("monitor_forward"),
         "acquire_seconds": sum(markers[stage].get("seconds", 0.0) for stage in ACQUIRING),
         "train_seconds": markers["train"].get("seconds"),
     }

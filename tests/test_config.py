@@ -416,6 +416,13 @@ def test_a_training_may_be_spread_anew(minimal):
         minimal("train.workers=2", "train.min_workers=3")
 
 
+@pytest.mark.parametrize("name", ["balanced", "monitor"])
+def test_pretraining_has_no_labels(minimal, name):
+    """Classes to balance and an accuracy to monitor are of `train`."""
+    with pytest.raises(UserError, match=f"pretrain: `{name}` goes with `train` only"):
+        minimal(f"pretrain={{epochs: 1, batch_size: 2, lr: 0.1, {name}: true}}")
+
+
 def test_several_differences(minimal):
     assert len(config.differences(minimal(), minimal("budget=21", "train.epochs=3", "rounds=11"))) == 2
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from raypfk.stages import stream
-from raypfk.stages.evaluate import Predictor
+from raypfk.stages.evaluate import Evaluator
 from raypfk.stages.stream import Decoder
 from tests import tiny
 
@@ -40,7 +40,7 @@ def through(way, run, actor: type, kwargs: dict, count: int = 2) -> list[dict[st
 def test_tasks_do_what_actors_do(run):
     """The same predictions of the same images, to be found in the same order."""
     kwargs = {"network": stream.network_of(run, 0), "batch_size": 64}
-    actors, tasks = (through(way, run, Predictor, kwargs) for way in (stream.by_actors, stream.by_tasks))
+    actors, tasks = (through(way, run, Evaluator, kwargs) for way in (stream.by_actors, stream.by_tasks))
     assert len(actors) == len(tasks) == len(run.pool.shards("test")) > 2
     for one, other in zip(actors, tasks, strict=True):
         assert np.array_equal(one["label"], other["label"]) and np.array_equal(one["predicted"], other["predicted"])

@@ -79,7 +79,9 @@ def test_an_interrupted_training_ends_with_the_same_weights(ray_session, tmp_pat
     """
     changes = {"train__checkpoint_every": 10, "train__monitor": True, "model__dropout": 0.5}
     run = tiny.labelled(tmp_path, **changes)
-    monitored = train.train(run, 1)["monitored"]
+    facts = train.train(run, 1)
+    monitored = facts["monitored"]
+    assert facts["monitor_forward"] == 4 * 200 and facts["forward"] == facts["backward"] == 4 * 12
     undisturbed = _weights(run)
     confusion = np.array(evaluate(run, 1)["confusion"])
     assert len(monitored) == 4 and monitored[-1] == np.diag(confusion).sum() / 200

@@ -11,7 +11,7 @@ from raypfk.stages.stream import Decoder, NetworkSpec, batches, network_of, thro
 PASSES = ("forward", "backward", "after_dropout")
 
 
-class Predictor:
+class Evaluator:
     """Actor: a shard's decoded images in, true and predicted classes out."""
 
     def __init__(self, network: NetworkSpec, batch_size: int):
@@ -34,7 +34,7 @@ def evaluate(run: Run, round: int) -> dict:
     actor = {"network": network_of(run, round), "batch_size": run.config.model.batch_size}
     confusion = np.zeros((run.classes, run.classes), np.int64)
     with progress.current().bar("evaluate", sum(s.rows for s in shards), "images") as advance:
-        for done in through_actors(shards, decoder, Predictor, actor, run, "test"):
+        for done in through_actors(shards, decoder, Evaluator, actor, run, "test"):
             np.add.at(confusion, (done["label"], done["predicted"]), 1)
             advance(len(done["label"]))
     tested = int(confusion.sum())
@@ -59,6 +59,7 @@ def write_metrics(run: Run, round: int, markers: dict[str, dict]) -> None:
             "confusion": confusion.tolist(),
             "seconds": {stage: facts["seconds"] for stage, facts in markers.items()},
             **{p: sum(facts.get(p, 0) for facts in markers.values()) for p in PASSES},
+            "monitor_forward": markers["train"].get("monitor_forward", 0),
             "train_loss": markers["train"]["loss"],
             "monitored": markers["train"].get("monitored"),
         },

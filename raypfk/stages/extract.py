@@ -123,7 +123,7 @@ def _gradients(run: Run, round: int, facts: dict) -> None:
     if "labelled" in given and len(labelled):
         shards, keep = run.pool.locate(labelled.to_pylist()), ray.put(labelled.combine_chunks())
         decoder = Decoder(run.pool, run.image, keep=keep, rejects=files.rejects("labelled"))
-        rejected = _missing(run, "pool", shards, decoder, networks, method, files.labelled, facts)
+        rejected = _extract_missing(run, "pool", shards, decoder, networks, method, files.labelled, facts)
         _count(facts, len(labelled) - rejected)
     _count(facts, _pool(run, round, networks, method, facts))
 
@@ -173,7 +173,7 @@ def _validation(
     if not store.exists(files.validation):
         decoder = Decoder(run.pool, run.image, ("image_id", "label"), rejects=files.rejects("validation"))
         shards = run.pool.shards("validation")
-        rejected = _missing(run, "validation", shards, decoder, networks, method, files.validation_parts, facts)
+        rejected = _extract_missing(run, "validation", shards, decoder, networks, method, files.validation_parts, facts)
         table = pa.concat_tables(run.read(path) for path in store.paths(files.validation_parts, ".parquet"))
         if table.num_rows + rejected != run.pool.rows("validation"):
             expected = f"{run.pool.rows('validation')} images are there"
@@ -218,12 +218,12 @@ def _pool(
     files, labelled = run.round(round), run.labelled(round)["image_id"]
     drop, rejects = ray.put(labelled.combine_chunks()), files.rejects("pool")
     decoder = Decoder(run.pool, run.image, ("image_id", *columns), drop=drop, rejects=rejects)
-    _missing(run, "pool", run.pool.shards("pool"), decoder, networks, method, files.descriptors, facts)
+    _extract_missing(run, "pool", run.pool.shards("pool"), decoder, networks, method, files.descriptors, facts)
     facts["rejected"] = _complete_empty(run, round, labelled.to_pylist(), method)
     return run.pool.rows("pool") - len(labelled) - facts["rejected"]
 
 
-def _missing(
+def _extract_missing(
     run: Run, split: str, shards: list[Shard], decoder: Decoder, networks: list[NetworkSpec], method: Method, out: str,
     facts: dict,
 ) -> int:  # fmt: skip

@@ -124,9 +124,12 @@ def train(run: Run, round: int) -> dict:
     count = images.count()
     if count < labels.num_rows:
         _leave_out(run, labels.num_rows, count, rejects)
-    datasets = {"train": images} | ({"test": _test_images(run, round)} if config.monitor else {})
+    datasets, monitored = {"train": images}, {}
+    if config.monitor:
+        datasets["test"] = _test_images(run, round)
+        monitored["monitor_forward"] = config.epochs * datasets["test"].count()
     facts = [_fit(run, job, datasets) for job in jobs]
-    return facts[0] | _passes(config.epochs * count * len(jobs))
+    return facts[0] | _passes(config.epochs * count * len(jobs)) | monitored
 
 
 def _test_images(run: Run, round: int) -> ray.data.Dataset:
@@ -297,7 +300,7 @@ def _seed_dropout(job: Job, epoch: int) -> None:
 def _monitor(job: Job, device: torch.device):
     """The network -> [its accuracy on the test set], by the first worker; [] where it is not asked for, and of an
     ensemble's others, which are not evaluated."""
-    asked = job.config.monitor and not job.rotate and not job.meta["member"]
+    asked = job.config.monitor and not job.meta["member"]
     if not asked or ray.train.get_context().get_world_rank():
         return lambda net: []
     image, label = fitting.all_of("test", "image", "label")
@@ -356,7 +359,7 @@ def _streamed(job: Job):
     """
     shard, world = ray.train.get_dataset_shard("train"), ray.train.get_context().get_world_size()
     size = max(1, job.config.batch_size // world)
-    balanced = job.config.balanced and not job.rotate
+    balanced = job.config.balanced
 
     def epoch_batches(epoch: int):
         generator = torch.Generator().manual_seed(job.seed + epoch)
