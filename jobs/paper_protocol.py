@@ -2,10 +2,11 @@
 
     python jobs/paper_protocol.py runs/choices/cells/S=neighbour/seed-00* --keep best --kernel pfk-sum
 
-Each RUN is one of MNIST: it lends its pool, its pretrained weights, its taps and its budget. With `--keep best`, as in
-the authors' program, every epoch is tried on the test set, the accuracy of the best one is reported, and the next
-round goes on from its weights. `--keep last` goes on from the last epoch, as raypfk does. `best` and `last` in what is
-printed are the accuracies of these two epochs, in percent, by round, averaged over the runs.
+Each RUN is one of MNIST: it lends its pool, its pretrained weights (or, with `--weights CELL`, the run of its seed in
+another cell's folder lends them), its taps and its budget. With `--keep best`, as in the authors' program, every epoch
+is tried on the test set, the accuracy of the best one is reported, and the next round goes on from its weights.
+`--keep last` goes on from the last epoch, as raypfk does. `best` and `last` in what is printed are the accuracies of
+these two epochs, in percent, by round, averaged over the runs.
 """
 
 import json
@@ -93,12 +94,13 @@ def train(net, config: TrainConfig, x, y, test, keep: str, generator: torch.Gene
     return best, last
 
 
-def rounds_of(run: Run, kernel: str, keep: str, rounds: int, draw: int) -> list[tuple[float, float]]:
-    """(best, last) of each round. draw: another number, another last layer, other first centers, other batches."""
+def rounds_of(run: Run, origin: Run, kernel: str, keep: str, rounds: int, draw: int) -> list[tuple[float, float]]:
+    """(best, last) of each round. origin: whose initial weights it begins with. draw: another number, another last
+    layer, other first centers, other batches."""
     (x, y), validation, test = (split_of(run, name) for name in ("pool", "validation", "test"))
     seed = 1000 * run.config.seed + 100 * draw
     net, generator = run.architecture.build(), torch.Generator().manual_seed(seed)
-    models.restore(net, models.load(checkpoint_of(run, 0), run.uri)[0], run.uri)
+    models.restore(net, models.load(checkpoint_of(origin, 0), origin.uri)[0], origin.uri)
     models.replace_last_layer(net, run.classes, seed)
     bought, found = torch.zeros(len(x), dtype=torch.bool), []
     for number in range(1, rounds + 1):
@@ -115,9 +117,13 @@ def rounds_of(run: Run, kernel: str, keep: str, rounds: int, draw: int) -> list[
 @click.option("--keep", type=click.Choice(["best", "last"]), default="best", show_default=True, help="Epoch on test.")
 @click.option("--rounds", default=4, show_default=True)
 @click.option("--draw", default=0, show_default=True)
-def main(runs, kernel, keep, rounds, draw):
+@click.option("--weights", metavar="CELL", help="Folder of a cell whose runs lend their initial weights.")
+def main(runs, kernel, keep, rounds, draw, weights):
     torch.set_num_threads(1)
-    found = np.array([rounds_of(Run.open(uri), kernel, keep, rounds, draw) for uri in runs])  # run, round, best or last
+    opened = [Run.open(uri) for uri in runs]
+    origins = [Run.open(f"{weights}/{Path(run.uri).name}") if weights else run for run in opened]
+    each = [rounds_of(*pair, kernel, keep, rounds, draw) for pair in zip(opened, origins, strict=True)]
+    found = np.array(each)  # run, round, best or last
     best, last = (100 * found.mean(0)).round(1).T.tolist()
     print(json.dumps({"name": "paper-protocol", "kernel": kernel, "keep": keep, "best": best, "last": last}))
 
